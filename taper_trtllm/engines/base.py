@@ -1,0 +1,240 @@
+"""The interface between the executor and whatever runs an iteration.
+
+The executor owns requests and decides; an engine owns KV memory and computes. An engine keeps
+*sequences*: a token list, part of which has KV ("computed"). The rest is pending. Prompts, branch
+headers, join texts and preempted text are all pending tokens and are computed by prefill chunks;
+a sequence in decode has exactly one pending token, its last.
+
+```
+tokens    [ shared with the parent | own, computed | pending ]
+                                   ^ fork point    ^ num_computed_tokens
+```
+Nothing outside an engine's own file may ask which engine it is: what differs is declared in
+`EngineCapabilities`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from taper_trtllm.request import SamplingParams
+
+SequenceId = int
+
+
+class EngineError(RuntimeError):
+    """An iteration failed as a whole; the engine can no longer be used."""
+
+
+class OutOfBlocksError(RuntimeError):
+    """A plan needs more KV blocks than are free. Raised before anything was changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCapabilities:
+    """What an engine is able to do; the executor and the planner read nothing else.
+
+    Attributes:
+        name: Engine kind, such as ``torch``.
+        granularity: ``step``: membership of each iteration is exactly the plan's. ``lease``: a
+            planned sequence holds its place for up to `lease_tokens` iterations.
+        actuation_delay_steps: Iterations between a plan and its effect on membership.
+        lease_tokens: Length of a lease; None for per-step engines.
+        resident_when_gated: A sequence left out of a plan keeps its KV and recomputes nothing.
+        min_recompute_tokens: Tokens computed again when a gated sequence re-enters.
+        width_buckets: Padded decode widths, ascending; None if widths are not padded.
+        prefix_sharing_attention: Attention reads a shared prefix once per family, not per branch.
+        bitwise_deterministic: Greedy results do not depend on batch membership.
+        virtual_time: `StepResult` times come from a virtual clock.
+        max_batch_size: Most sequences in one iteration.
+        max_seq_len: Most tokens in one sequence.
+        tokens_per_block: KV block size.
+        num_kv_blocks: Blocks in the pool that sequences can use.
+        vocab_size: Token ids are in [0, vocab_size).
+    """
+
+    name: str
+    granularity: Literal["step", "lease"]
+    actuation_delay_steps: int
+    lease_tokens: int | None
+    resident_when_gated: bool
+    min_recompute_tokens: int
+    width_buckets: tuple[int, ...] | None
+    prefix_sharing_attention: bool
+    bitwise_deterministic: bool
+    virtual_time: bool
+    max_batch_size: int
+    max_seq_len: int
+    tokens_per_block: int
+    num_kv_blocks: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceParams:
+    """How a sequence samples.
+
+    Attributes:
+        sampling: The request's sampling parameters.
+        seed: Seed of this sequence alone. The draw at a position depends on (seed, position).
+    """
+
+    sampling: SamplingParams
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Compute the next `num_tokens` pending tokens of a sequence.
+
+    Attributes:
+        sequence_id: The sequence.
+        num_tokens: At most its pending tokens.
+        sample: Draw the next token from the last one's logits; only on the chunk that computes the
+            last pending token.
+    """
+
+    sequence_id: SequenceId
+    num_tokens: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One iteration.
+
+    Attributes:
+        decode: Sequences that compute their one pending token and draw the next, baseline first.
+        max_new_tokens: Tokens left in the current stage of each sequence in `decode`, same order.
+            Per-step engines draw one; lease engines bound their leases by it.
+        prefill: Prefill chunks, in priority order.
+    """
+
+    decode: tuple[SequenceId, ...] = ()
+    max_new_tokens: tuple[int, ...] = ()
+    prefill: tuple[PrefillChunk, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to compute."""
+        return not self.decode and not self.prefill
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one iteration did.
+
+    Attributes:
+        iteration: Number of the iteration, counted by the engine.
+        completed_at_s: Completion time on the engine's clock (`Engine.now_s`).
+        step_ms: Duration of the iteration as the engine measured it.
+        decoded: Sequences that really were in the decode batch.
+        tokens: New tokens by sequence, 0..n each, in order; from decode and sampling chunks.
+        prefilled: Pending tokens computed, by sequence.
+        num_recomputed_tokens: Tokens computed that had been computed before.
+        preempted: Sequences whose KV the engine dropped by itself; their tokens are kept.
+        failed: Sequences that cannot go on, with the reason.
+    """
+
+    iteration: int
+    completed_at_s: float
+    step_ms: float
+    decoded: tuple[SequenceId, ...]
+    tokens: Mapping[SequenceId, tuple[int, ...]]
+    prefilled: Mapping[SequenceId, int]
+    num_recomputed_tokens: int = 0
+    preempted: tuple[SequenceId, ...] = ()
+    failed: Mapping[SequenceId, str] = field(default_factory=dict)
+
+
+class Engine(Protocol):
+    """Runs iterations and owns KV.
+
+    All calls come from one thread. A `family` is the set of sequences of one request; KV blocks are
+    shared inside a family only.
+    """
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """Constant over the engine's life."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """What a latency profile of this engine depends on: engine, model, device, dtype, ..."""
+
+    def now_s(self) -> float:
+        """The clock of `StepResult.completed_at_s`, in seconds; monotonic."""
+
+    # ---- sequences
+
+    def add_sequence(
+        self,
+        sequence_id: SequenceId,
+        family: int,
+        token_ids: Sequence[int],
+        params: SequenceParams,
+    ) -> None:
+        """Registers a sequence with all its tokens pending. Allocates nothing."""
+
+    def fork_sequence(
+        self,
+        parent_id: SequenceId,
+        child_id: SequenceId,
+        num_shared_tokens: int,
+        suffix_ids: Sequence[int],
+        params: SequenceParams,
+    ) -> None:
+        """Registers a child: the parent's first `num_shared_tokens` computed tokens, shared by
+        reference, followed by the parent's remaining tokens and `suffix_ids`, pending.
+
+        Allocates no block and computes nothing. The parent must have computed the shared tokens.
+        """
+
+    def join_sequence(
+        self, parent_id: SequenceId, child_id: SequenceId, suffix_ids: Sequence[int]
+    ) -> None:
+        """Parent takes over the tokens and KV of `child_id` (contiguous with its own), then
+        `suffix_ids` pending. The child ceases to exist.
+        """
+
+    def preempt_sequence(self, sequence_id: SequenceId) -> None:
+        """Frees the KV that the sequence does not share with its parent; keeps its tokens."""
+
+    def release_sequence(self, sequence_id: SequenceId) -> None:
+        """Forgets a sequence and drops its references to blocks."""
+
+    def num_tokens(self, sequence_id: SequenceId) -> int:
+        """Tokens of the sequence, pending ones included."""
+
+    def num_computed_tokens(self, sequence_id: SequenceId) -> int:
+        """Tokens that have KV now."""
+
+    # ---- memory
+
+    @property
+    def num_free_blocks(self) -> int:
+        """KV blocks that nobody holds."""
+
+    def num_blocks_held(self, family: int) -> int:
+        """Distinct KV blocks held by the sequences of a family."""
+
+    def num_blocks_needed(self, sequence_id: SequenceId, num_tokens: int) -> int:
+        """Blocks that computing the next `num_tokens` tokens would take, copies included."""
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if ownership of blocks is inconsistent. For tests and idle time."""
+
+    # ---- the iteration
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """Runs one iteration.
+
+        Raises:
+            OutOfBlocksError: The plan does not fit; nothing was changed.
+            EngineError: The engine is lost.
+        """
+
+    def shutdown(self) -> None:
+        """Releases what the engine holds. No call may follow."""
