@@ -1,0 +1,164 @@
+"""The serving configuration: one YAML file, validated, every default stated here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from taper_trtllm.request import RequestLimits, SloTarget
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used, naming the field."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class RandomModelConfig(_Model):
+    """Shape of the seeded random Qwen3 that is served when no checkpoint is given."""
+
+    hidden_size: _PositiveInt = 256
+    num_hidden_layers: _PositiveInt = 4
+    num_attention_heads: _PositiveInt = 8
+    num_key_value_heads: _PositiveInt = 2
+    head_dim: _PositiveInt = 32
+    intermediate_size: _PositiveInt = 768
+    vocab_size: _PositiveInt = 8192
+    seed: int = 0
+
+
+class EngineConfig(_Model):
+    """Which engine runs, and how much it may use.
+
+    Attributes:
+        kind: Engine implementation.
+        model_dir: Local Hugging Face directory of a Qwen3; None serves `random_model`.
+        device: torch device.
+        dtype: torch dtype name.
+        num_threads: CPU threads of one iteration; one gives the most predictable latency on a
+            machine that also runs the server and its clients.
+    """
+
+    kind: Literal["torch"] = "torch"
+    model_dir: Path | None = None
+    random_model: RandomModelConfig = RandomModelConfig()
+    device: str = "cpu"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    num_threads: _PositiveInt = 1
+    tokens_per_block: _PositiveInt = 16
+    num_kv_blocks: _PositiveInt = 4096
+    max_batch_size: _PositiveInt = 512
+    max_seq_len: _PositiveInt = 4096
+
+
+class SchedulerConfig(_Model):
+    """Limits of an iteration and the controller's constants (design.md section 2).
+
+    Attributes:
+        policy: ``irp-off``, ``irp-eager``, ``fixed-cap:N``, ``step-ceiling:F``, ``taper`` or one of
+            its variants (`admission.py`).
+        max_num_requests: Requests (programs) running at a time.
+        max_batch_size: Sequences in one step.
+        max_prefill_tokens: Prefill tokens in one step (the chunk budget).
+        rho: Share of the slack above T0 that a step may spend.
+        kappa: Step budget limit, in smallest tau.
+        margin: m; deadlines are built on (1 - m) tau.
+        probe_interval_steps: Every so many steps with extras, one runs the baseline alone; None
+            for never.
+        kv_reserve_fraction: Share of a request's worst-case serial footprint that is reserved when
+            it starts. Below 1, the newest request can be preempted.
+        max_step_records: Length of the ring of step records.
+    """
+
+    policy: str = "taper"
+    max_num_requests: _PositiveInt = 16
+    max_batch_size: _PositiveInt = 256
+    max_prefill_tokens: _PositiveInt = 128
+    rho: Annotated[float, Field(gt=0, le=1)] = 1.0
+    kappa: Annotated[float, Field(ge=1)] = 2.0
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    probe_interval_steps: _PositiveInt | None = 100
+    kv_reserve_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_step_records: _PositiveInt = 8192
+
+    @model_validator(mode="after")
+    def _baseline_fits(self) -> SchedulerConfig:
+        if self.max_num_requests > self.max_batch_size:
+            raise ValueError("max_num_requests must not exceed max_batch_size")
+        return self
+
+
+class ServingConfig(_Model):
+    """Everything that a server is started with.
+
+    Attributes:
+        slo: Objective of requests that bring none.
+        profile: Latency profile of the engine (`python -m engine_build calibrate`).
+        step_log: JSONL file that receives every step record; None for none.
+    """
+
+    engine: EngineConfig = EngineConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    limits: RequestLimits = RequestLimits()
+    slo: SloTarget = SloTarget(ttft_ms=2000, tpot_ms=50)
+    profile: Path | None = None
+    step_log: Path | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> ServingConfig:
+        if self.scheduler.max_batch_size > self.engine.max_batch_size:
+            raise ValueError("scheduler.max_batch_size must not exceed engine.max_batch_size")
+        if self.limits.max_total_tokens > self.engine.max_seq_len:
+            raise ValueError("limits.max_total_tokens must not exceed engine.max_seq_len")
+        return self
+
+
+def parse_config(data: Any) -> ServingConfig:
+    """Validates a configuration read from YAML.
+
+    Raises:
+        ConfigError: Names the field at fault.
+    """
+    try:
+        return ServingConfig.model_validate(data or {})
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}"
+            for e in error.errors(include_url=False)
+        ]
+        raise ConfigError("; ".join(lines)) from None
+
+
+def load_config(path: str | Path) -> ServingConfig:
+    """Reads a YAML file; relative paths inside it are relative to the file.
+
+    Raises:
+        ConfigError: The file is missing, not YAML, or a field is wrong.
+    """
+    import yaml  # the extra `config`; the core works without it
+
+    path = Path(path)
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    config = parse_config(data)
+    base = path.resolve().parent
+    return config.model_copy(
+        update={
+            "profile": config.profile and base / config.profile,
+            "step_log": config.step_log and base / config.step_log,
+            "engine": config.engine.model_copy(
+                update={"model_dir": config.engine.model_dir and base / config.engine.model_dir}
+            ),
+        }
+    )
