@@ -55,7 +55,7 @@ class EngineConfig(_Model):
     tokens_per_block: _PositiveInt = 16
     num_kv_blocks: _PositiveInt = 4096
     max_batch_size: _PositiveInt = 512
-    max_seq_len: _PositiveInt = 4096
+    max_seq_len: _PositiveInt = 8192
 
 
 class SchedulerConfig(_Model):

@@ -186,17 +186,19 @@ class Engine(Protocol):
         suffix_ids: Sequence[int],
         params: SequenceParams,
     ) -> None:
-        """Registers a child: the parent's first `num_shared_tokens` computed tokens, shared by
-        reference, followed by the parent's remaining tokens and `suffix_ids`, pending.
+        """Registers a child of a sequence; allocates no block and computes nothing.
 
-        Allocates no block and computes nothing. The parent must have computed the shared tokens.
+        The child has the parent's first `num_shared_tokens` computed tokens by reference, then the
+        parent's remaining tokens and `suffix_ids` pending. The parent must have computed the shared
+        tokens. A child can outlive its parent.
         """
 
     def join_sequence(
         self, parent_id: SequenceId, child_id: SequenceId, suffix_ids: Sequence[int]
     ) -> None:
-        """Parent takes over the tokens and KV of `child_id` (contiguous with its own), then
-        `suffix_ids` pending. The child ceases to exist.
+        """Parent takes over the tokens and KV of `child_id`, then `suffix_ids` pending.
+
+        The child's tokens must begin with the parent's. The child ceases to exist.
         """
 
     def preempt_sequence(self, sequence_id: SequenceId) -> None:
