@@ -1,0 +1,115 @@
+"""Latency profiles: measured step times of one engine on one device, as versioned JSON.
+
+A profile is written by `python -m engine_build calibrate`. It names what it was measured on;
+serving another engine, model, device or version with it is refused, because a wrong profile
+silently costs goodput.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from taper_trtllm.batch import PrefillLoad
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be used, with the reason and what to do."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+_Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class DecodePoint(_Model):
+    """One decode-only grid point: `width` sequences with `context_tokens` each."""
+
+    width: Annotated[int, Field(ge=1)]
+    context_tokens: Annotated[int, Field(ge=1)]
+    step_ms: _Milliseconds
+
+
+class PrefillPoint(_Model):
+    """One step with prefill, beside `width` decoding sequences of `context_tokens` each."""
+
+    width: Annotated[int, Field(ge=0)]
+    context_tokens: Annotated[int, Field(ge=0)]
+    num_chunks: Annotated[int, Field(ge=1)]
+    num_tokens: Annotated[int, Field(ge=1)]
+    token_context: Annotated[float, Field(ge=0)]
+    step_ms: _Milliseconds
+
+    @property
+    def load(self) -> PrefillLoad:
+        """The prefill work of the point."""
+        return PrefillLoad(self.num_chunks, self.num_tokens, self.token_context)
+
+
+class LatencyProfile(_Model):
+    """Measured step times.
+
+    Attributes:
+        fingerprint: What the times depend on (`Engine.fingerprint`).
+        provenance: Where they come from: tool, date, repetitions, licence of foreign data.
+        width_buckets: Padded decode widths of the engine; None if it does not pad.
+        decode: Decode grid; at least two widths, and two contexts for each.
+        prefill: Steps with prefill.
+    """
+
+    schema_version: Literal[1] = 1
+    fingerprint: dict[str, str]
+    provenance: dict[str, str] = {}
+    width_buckets: tuple[int, ...] | None = None
+    decode: Annotated[tuple[DecodePoint, ...], Field(min_length=4)]
+    prefill: Annotated[tuple[PrefillPoint, ...], Field(min_length=1)]
+
+    def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
+        """Refuses a profile of something else.
+
+        Raises:
+            ProfileError: Lists every differing entry.
+        """
+        keys = sorted(self.fingerprint.keys() | fingerprint.keys())
+        differing = [
+            f"{key}: profile {self.fingerprint.get(key, 'absent')!r}, "
+            f"engine {fingerprint.get(key, 'absent')!r}"
+            for key in keys
+            if self.fingerprint.get(key) != fingerprint.get(key)
+        ]
+        if differing:
+            raise ProfileError(
+                "the latency profile was measured on something else ("
+                + "; ".join(differing)
+                + "); calibrate again with `python -m engine_build calibrate`"
+            )
+
+    def save(self, path: str | Path) -> None:
+        """Writes the profile as JSON."""
+        Path(path).write_text(self.model_dump_json(indent=1) + "\n")
+
+
+def load_profile(path: str | Path) -> LatencyProfile:
+    """Reads a profile.
+
+    Raises:
+        ProfileError: The file is missing, of another schema version, or malformed.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ProfileError(
+            f"cannot read the latency profile {path} ({error.strerror}); "
+            "write one with `python -m engine_build calibrate`"
+        ) from None
+    try:
+        return LatencyProfile.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"])) or "profile"
+        raise ProfileError(f"latency profile {path}: {where}: {first['msg']}") from None
