@@ -92,7 +92,8 @@ class StepLatencyPredictor:
     def _prefill_part(self, widths: IntArray, load: PrefillLoad) -> FloatArray:
         base, chunk, token, pair = self._prefill_ms
         extra = chunk * load.num_chunks + token * load.num_tokens + pair * load.token_context
-        return base * (widths == 0) + extra
+        part: FloatArray = base * (widths == 0) + extra
+        return part
 
     @property
     def correction_factor(self) -> float:

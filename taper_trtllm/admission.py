@@ -1,0 +1,359 @@
+"""Which leaves enter the next step: every policy, as pure functions of a batch.
+
+All policies share one scheme. The protected baseline, one leaf per request, always runs. The other
+leaves, the extras, are put in an order that does not depend on slack; the policy admits a prefix of
+that order. TAPER admits the largest prefix whose predicted step fits the step budget
+
+    B = T0 + rho max(0, min slack - T0), at most kappa x the smallest tau,
+
+evaluating T on *every* prefix: T is not monotone in width on padded or tiled engines, where
+stopping at the first prefix that does not fit would stall (design.md section 2).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import numpy as np
+
+from taper_trtllm.batch import (
+    AdmissionDecision,
+    BatchState,
+    BoolArray,
+    FloatArray,
+    IntArray,
+    RefusalReason,
+)
+from taper_trtllm.config import ConfigError, SchedulerConfig
+from taper_trtllm.predictor import PredictorMode, StepLatencyPredictor
+
+POLICIES = (
+    "irp-off",
+    "irp-eager",
+    "fixed-cap:N",
+    "step-ceiling:F",
+    "taper",
+    "taper:efficiency",
+    "taper:no-slack",
+    "taper:no-replan",
+    "taper:constant-predictor",
+    "taper:uncorrected",
+)
+
+_Refusals = list[tuple[IntArray, RefusalReason]]
+
+
+class AdmissionPolicy(Protocol):
+    """Decides who enters a step.
+
+    Attributes:
+        name: The specification it was made from.
+        max_width: Leaves of one request that may be started at a time; None for all of them.
+    """
+
+    name: str
+    max_width: int | None
+
+    def baseline(self, batch: BatchState) -> IntArray:
+        """The protected leaf of every request: [R] rows of leaves."""
+
+    def admit(self, batch: BatchState, extras_allowed: bool = True) -> AdmissionDecision:
+        """Decides one step; equal batches give equal decisions.
+
+        Args:
+            batch: The ready leaves.
+            extras_allowed: False for a probe step, which runs the baseline alone.
+        """
+
+
+def make_policy(
+    spec: str, scheduler: SchedulerConfig, predictor: StepLatencyPredictor
+) -> AdmissionPolicy:
+    """Builds a policy from its specification, one of `POLICIES`.
+
+    Raises:
+        ConfigError: The specification is not known, or its argument is out of range.
+    """
+    name, _, argument = spec.partition(":")
+    if name == "irp-off" and not argument:
+        return WidthPolicy(spec, 1, predictor)
+    if name == "irp-eager" and not argument:
+        return WidthPolicy(spec, None, predictor)
+    if name == "fixed-cap" and argument.isdecimal() and int(argument) >= 1:
+        return WidthPolicy(spec, int(argument), predictor)
+    if name == "step-ceiling" and _is_positive(argument):
+        return StepCeilingPolicy(spec, float(argument), predictor)
+    if name == "taper" and (argument == "" or spec in POLICIES):
+        return TaperPolicy(spec, scheduler, predictor)
+    raise ConfigError(f"scheduler.policy: {spec!r} is not one of {', '.join(POLICIES)}")
+
+
+def predictor_mode(spec: str) -> PredictorMode:
+    """The predictor that a policy specification asks for."""
+    if spec == "taper:constant-predictor":
+        return "constant"
+    return "uncorrected" if spec == "taper:uncorrected" else "corrected"
+
+
+class WidthPolicy:
+    """w = min(n, N), no slack test: irp-off (N = 1), fixed-cap:N and irp-eager (no N).
+
+    Leaves run in program order, each to its end.
+    """
+
+    def __init__(self, name: str, max_width: int | None, predictor: StepLatencyPredictor) -> None:
+        self.name = name
+        self.max_width = max_width
+        self._predictor = predictor
+
+    def baseline(self, batch: BatchState) -> IntArray:
+        """The first leaf of every request in program order."""
+        return _first_leaves(batch)
+
+    def admit(self, batch: BatchState, extras_allowed: bool = True) -> AdmissionDecision:
+        """Admits every extra below the cap."""
+        baseline = self.baseline(batch)
+        extras = _extras(batch, baseline)
+        refused: _Refusals = []
+        if self.max_width is not None:
+            rank = extras - _first_leaves(batch)[batch.request_index[extras]]
+            extras = _keep(extras, rank < self.max_width, RefusalReason.CAP, refused)
+        extras = _fitting(batch, extras, extras_allowed, refused)
+        times = _prefix_times(batch, self._predictor, baseline, extras)
+        return _decision(baseline, extras, len(extras), times, np.inf, refused)
+
+
+class StepCeilingPolicy:
+    """The largest prefix with T <= F x the smallest tau; no slack accounting."""
+
+    max_width: int | None = None
+
+    def __init__(self, name: str, ceiling: float, predictor: StepLatencyPredictor) -> None:
+        self.name = name
+        self._ceiling = ceiling
+        self._predictor = predictor
+
+    def baseline(self, batch: BatchState) -> IntArray:
+        """The least recently advanced leaf of every request."""
+        return _least_recent_leaves(batch)
+
+    def admit(self, batch: BatchState, extras_allowed: bool = True) -> AdmissionDecision:
+        """Admits by the ceiling alone."""
+        baseline = self.baseline(batch)
+        refused: _Refusals = []
+        extras = _fitting(batch, _ordered_extras(batch, baseline), extras_allowed, refused)
+        times = _prefix_times(batch, self._predictor, baseline, extras)
+        budget_ms = self._ceiling * float(np.min(batch.tpot_slo_ms, initial=np.inf))
+        return _decision(
+            baseline, extras, _largest_prefix(times, budget_ms), times, budget_ms, refused
+        )
+
+
+class TaperPolicy:
+    """Extras within the batch's slack; with its variant ``efficiency`` and its ablations.
+
+    * ``efficiency``: of the feasible prefixes the one with the most tokens per second.
+    * ``no-slack``: the budget is kappa x the smallest tau, whatever the slack.
+    * ``no-replan``: a request keeps the width it was granted when its stage began.
+    """
+
+    max_width: int | None = None
+
+    def __init__(
+        self, name: str, scheduler: SchedulerConfig, predictor: StepLatencyPredictor
+    ) -> None:
+        self.name = name
+        self._variant = name.partition(":")[2]
+        self._rho = scheduler.rho
+        self._kappa = scheduler.kappa
+        self._predictor = predictor
+
+    def baseline(self, batch: BatchState) -> IntArray:
+        """The least recently advanced leaf of every request, so that the baseline rotates."""
+        return _least_recent_leaves(batch)
+
+    def admit(self, batch: BatchState, extras_allowed: bool = True) -> AdmissionDecision:
+        """Admits what the slack can pay for."""
+        baseline = self.baseline(batch)
+        refused: _Refusals = []
+        extras = _ordered_extras(batch, baseline)
+        num_kept = 0
+        if self._variant == "no-replan":
+            extras, num_kept = _granted_first(batch, extras, refused)
+        fitting = _fitting(batch, extras, extras_allowed, refused)
+        num_kept = min(num_kept, len(fitting))
+        times = _prefix_times(batch, self._predictor, baseline, fitting)
+        budget_ms = self._budget_ms(batch, float(times[0]))
+        if self._variant == "efficiency":
+            admitted = _most_efficient_prefix(times, len(baseline), budget_ms)
+        else:
+            admitted = max(num_kept, _largest_prefix(times, budget_ms))
+        return _decision(baseline, fitting, admitted, times, budget_ms, refused)
+
+    def _budget_ms(self, batch: BatchState, baseline_ms: float) -> float:
+        """B; unbounded when no request can meet its objective any more."""
+        tau_ms = batch.tpot_slo_ms[batch.savable]
+        if len(tau_ms) == 0:
+            return float("inf")
+        ceiling_ms = self._kappa * float(tau_ms.min())
+        if self._variant == "no-slack":
+            return ceiling_ms
+        slack_ms = float(batch.slack_ms[batch.savable].min())
+        return min(baseline_ms + self._rho * max(0.0, slack_ms - baseline_ms), ceiling_ms)
+
+
+# --------------------------------------------------------------------------- baseline, order
+
+
+def _first_leaves(batch: BatchState) -> IntArray:
+    return np.searchsorted(batch.request_index, np.arange(batch.num_requests))
+
+
+def _least_recent_leaves(batch: BatchState) -> IntArray:
+    """Per request the leaf that waited longest; ties to program order."""
+    if batch.num_leaves == batch.num_requests:
+        return np.arange(batch.num_requests)
+    oldest = np.minimum.reduceat(batch.last_advanced, _first_leaves(batch))
+    candidates = np.flatnonzero(batch.last_advanced == oldest[batch.request_index])
+    first = np.searchsorted(batch.request_index[candidates], np.arange(batch.num_requests))
+    return candidates[first]
+
+
+def _extras(batch: BatchState, baseline: IntArray) -> IntArray:
+    is_extra = np.ones(batch.num_leaves, dtype=np.bool_)
+    is_extra[baseline] = False
+    return np.flatnonzero(is_extra)
+
+
+def _ordered_extras(batch: BatchState, baseline: IntArray) -> IntArray:
+    """Extras by token per marginal cost, least progressed first inside a request.
+
+    A token's marginal cost grows with the leaf's context. So that a request's leaves keep their
+    order by progress, a leaf is ranked by the largest context among itself and those before it.
+    """
+    extras = _extras(batch, baseline)
+    if len(extras) < 2:
+        return extras
+    span = int(batch.num_generated.max()) + 1
+    request = batch.request_index[extras]
+    extras = extras[np.argsort(request * span + batch.num_generated[extras], kind="stable")]
+    request = batch.request_index[extras]
+    offset = request * (int(batch.context_tokens.max()) + 1)
+    cost = np.maximum.accumulate(batch.context_tokens[extras] + offset) - offset
+    return extras[np.argsort(cost, kind="stable")]
+
+
+def _granted_first(batch: BatchState, extras: IntArray, refused: _Refusals) -> tuple[IntArray, int]:
+    """For ``no-replan``: extras within their request's granted width, then those undecided."""
+    request = batch.request_index[extras]
+    granted = batch.stage_width[request]
+    rank = _rank_in_request(request)
+    inside = (granted > 0) & (rank < granted - 1)
+    outside = (granted > 0) & ~inside
+    if outside.any():
+        refused.append((extras[outside], RefusalReason.CAP))
+    return np.concatenate([extras[inside], extras[granted == 0]]), int(inside.sum())
+
+
+def _rank_in_request(request: IntArray) -> IntArray:
+    """Position of each entry among those of its request, in the order given."""
+    order = np.argsort(request, kind="stable")
+    grouped = request[order]
+    first = np.searchsorted(grouped, grouped)
+    rank = np.empty(len(request), dtype=np.int64)
+    rank[order] = np.arange(len(request)) - first
+    return rank
+
+
+# -------------------------------------------------------------------- limits that are not time
+
+
+def _keep(extras: IntArray, kept: BoolArray, reason: RefusalReason, refused: _Refusals) -> IntArray:
+    if kept.all():
+        return extras
+    refused.append((extras[~kept], reason))
+    return extras[kept]
+
+
+def _fitting(
+    batch: BatchState, extras: IntArray, extras_allowed: bool, refused: _Refusals
+) -> IntArray:
+    """Extras that memory and the batch size allow, in order."""
+    if not extras_allowed:
+        none = np.zeros(len(extras), dtype=np.bool_)
+        return _keep(extras, none, RefusalReason.PROBE, refused) if len(extras) else extras
+    extras = _keep(extras, _within_memory(batch, extras), RefusalReason.KV_PRESSURE, refused)
+    room = batch.max_batch_size - batch.num_requests
+    return _keep(extras, np.arange(len(extras)) < room, RefusalReason.BATCH_SIZE, refused)
+
+
+def _within_memory(batch: BatchState, extras: IntArray) -> BoolArray:
+    """Extras draw on their request's unused reservation, then on unreserved blocks."""
+    needed = batch.blocks_needed[extras]
+    if int(needed.sum()) <= batch.num_unreserved_blocks:
+        return np.ones(len(extras), dtype=np.bool_)
+    request = batch.request_index[extras]
+    order = np.argsort(request, kind="stable")
+    running = np.cumsum(needed[order])
+    before_request = running - needed[order]
+    first = np.searchsorted(request[order], request[order])
+    within = running - before_request[first]
+    over = np.maximum(within - batch.kv_headroom_blocks[request[order]], 0)
+    previous = np.maximum(within - needed[order] - batch.kv_headroom_blocks[request[order]], 0)
+    unreserved = np.empty(len(extras), dtype=np.int64)
+    unreserved[order] = over - previous
+    fits: BoolArray = (needed == 0) | (np.cumsum(unreserved) <= batch.num_unreserved_blocks)
+    return fits
+
+
+# ------------------------------------------------------------------------------- prefixes
+
+
+def _prefix_times(
+    batch: BatchState, predictor: StepLatencyPredictor, baseline: IntArray, extras: IntArray
+) -> FloatArray:
+    """T of the baseline with the first k extras, k = 0..len(extras)."""
+    context = np.empty(len(extras) + 1, dtype=np.int64)
+    context[0] = batch.context_tokens[baseline].sum()
+    context[1:] = batch.context_tokens[extras]
+    widths = np.arange(len(baseline), len(baseline) + len(extras) + 1)
+    return predictor.predict_steps_ms(widths, np.cumsum(context), batch.prefill)
+
+
+def _largest_prefix(times: FloatArray, budget_ms: float) -> int:
+    feasible = np.flatnonzero(times[1:] <= budget_ms)
+    return int(feasible[-1]) + 1 if len(feasible) else 0
+
+
+def _most_efficient_prefix(times: FloatArray, num_baseline: int, budget_ms: float) -> int:
+    """The feasible prefix with the most tokens per second, ties to the wider."""
+    rate = np.arange(num_baseline, num_baseline + len(times)) / np.maximum(times, 1e-9)
+    rate[1:][times[1:] > budget_ms] = -1.0
+    return len(rate) - 1 - int(np.argmax(rate[::-1]))
+
+
+def _decision(
+    baseline: IntArray,
+    extras: IntArray,
+    num_admitted: int,
+    times: FloatArray,
+    budget_ms: float,
+    refused: _Refusals,
+) -> AdmissionDecision:
+    if num_admitted < len(extras):
+        refused.append((extras[num_admitted:], RefusalReason.SLACK))
+    return AdmissionDecision(
+        baseline=baseline,
+        extras=extras[:num_admitted],
+        refused=tuple(refused),
+        baseline_ms=float(times[0]),
+        step_ms=float(times[num_admitted]),
+        budget_ms=budget_ms,
+    )
+
+
+def _is_positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < 100
+    except ValueError:
+        return False
