@@ -1,0 +1,211 @@
+"""Who holds which KV block: paging, reference counts, sharing, copy-on-write.
+
+Pure bookkeeping. The pool hands out block numbers and says which blocks must be copied before a
+write; the tensors live elsewhere. Blocks are shared inside a family only.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from taper_trtllm.engines.base import OutOfBlocksError
+
+PADDING_BLOCK = 0
+"""Never handed out and never written: pads block tables to a common length."""
+
+
+@dataclass(slots=True, eq=False)
+class BlockTable:
+    """The KV of one sequence.
+
+    Only a `BlockPool` changes a table.
+
+    Attributes:
+        family: The request that the blocks are counted for.
+        block_ids: One id for every `tokens_per_block` tokens, the last one maybe partly filled.
+        num_tokens: Tokens that have KV.
+    """
+
+    family: int
+    block_ids: array[int] = field(default_factory=lambda: array("i"))
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCopy:
+    """A block whose content must be copied before the step writes."""
+
+    src: int
+    dst: int
+
+
+class BlockPool:
+    """Blocks 1..num_blocks with reference counts.
+
+    Args:
+        num_blocks: Blocks that tables can hold; `PADDING_BLOCK` comes on top.
+        tokens_per_block: Tokens in one block.
+    """
+
+    def __init__(self, num_blocks: int, tokens_per_block: int) -> None:
+        self.num_blocks = num_blocks
+        self.tokens_per_block = tokens_per_block
+        self._free = list(range(num_blocks, 0, -1))  # a stack: low ids first
+        self._ref_counts = [0] * (num_blocks + 1)
+        self._held: Counter[int] = Counter()  # distinct blocks by family
+        self._tables: set[BlockTable] = set()
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks that no table holds."""
+        return len(self._free)
+
+    def num_blocks_held(self, family: int) -> int:
+        """Distinct blocks in the tables of a family."""
+        return self._held[family]
+
+    # ------------------------------------------------------------------ tables
+
+    def create(self, family: int) -> BlockTable:
+        """An empty table."""
+        table = BlockTable(family)
+        self._tables.add(table)
+        return table
+
+    def fork(self, parent: BlockTable, num_tokens: int) -> BlockTable:
+        """A table that shares the first `num_tokens` tokens of `parent`; takes no block.
+
+        Raises:
+            ValueError: The parent has no KV for so many tokens.
+        """
+        if not 0 <= num_tokens <= parent.num_tokens:
+            raise ValueError(f"cannot share {num_tokens} of {parent.num_tokens} computed tokens")
+        block_ids = parent.block_ids[: self._blocks_for(num_tokens)]
+        for block in block_ids:
+            self._ref_counts[block] += 1
+        table = BlockTable(parent.family, block_ids, num_tokens)
+        self._tables.add(table)
+        return table
+
+    def release(self, table: BlockTable) -> None:
+        """Drops a table and its references."""
+        self._tables.remove(table)
+        self._drop_from(table, 0)
+
+    def drop_unshared(self, table: BlockTable) -> None:
+        """Frees what only this table holds.
+
+        Sharing starts at the front, so what remains is a prefix of the table that others hold too.
+        """
+        keep = 0
+        while keep < len(table.block_ids) and self._ref_counts[table.block_ids[keep]] > 1:
+            keep += 1
+        self._drop_from(table, keep)
+        table.num_tokens = min(table.num_tokens, keep * self.tokens_per_block)
+
+    # ------------------------------------------------------------------ writing
+
+    def num_blocks_needed(self, table: BlockTable, num_tokens: int) -> int:
+        """Blocks that writing the next `num_tokens` tokens takes, a copy of the tail included."""
+        if num_tokens == 0:
+            return 0
+        new = self._blocks_for(table.num_tokens + num_tokens) - len(table.block_ids)
+        return new + (self._shared_tail(table) is not None)
+
+    def reserve(self, writes: Sequence[tuple[BlockTable, int]]) -> list[BlockCopy]:
+        """Makes room for the next tokens of several tables, all or nothing.
+
+        A tail block that others hold too is replaced by a copy; its last holder keeps it.
+
+        Args:
+            writes: Tables, each at most once, with the number of tokens to add; at least one.
+
+        Returns:
+            Copies to make before anything is written.
+
+        Raises:
+            OutOfBlocksError: Too few free blocks; nothing was changed.
+        """
+        needed = self._total_needed(writes)
+        if needed > len(self._free):
+            raise OutOfBlocksError(f"the step needs {needed} KV blocks, {len(self._free)} are free")
+        copies = []
+        for table, num_tokens in writes:
+            shared = self._shared_tail(table)
+            if shared is not None:
+                table.block_ids[-1] = self._allocate(table.family)
+                self._unreference(shared, table.family)
+                copies.append(BlockCopy(shared, table.block_ids[-1]))
+            table.num_tokens += num_tokens
+            for _ in range(self._blocks_for(table.num_tokens) - len(table.block_ids)):
+                table.block_ids.append(self._allocate(table.family))
+        return copies
+
+    def _total_needed(self, writes: Sequence[tuple[BlockTable, int]]) -> int:
+        """Exact over the step: if all holders of a tail write, one of them needs no copy."""
+        writers = Counter(
+            tail for table, _ in writes if (tail := self._shared_tail(table)) is not None
+        )
+        spared = sum(1 for tail, n in writers.items() if n == self._ref_counts[tail])
+        return sum(self.num_blocks_needed(table, n) for table, n in writes) - spared
+
+    def _shared_tail(self, table: BlockTable) -> int | None:
+        """The partly filled last block, if other tables hold it too."""
+        if table.num_tokens % self.tokens_per_block == 0:
+            return None
+        tail = table.block_ids[-1]
+        return tail if self._ref_counts[tail] > 1 else None
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.tokens_per_block)
+
+    # ------------------------------------------------------------------ references
+
+    def _allocate(self, family: int) -> int:
+        block = self._free.pop()
+        self._ref_counts[block] = 1
+        self._held[family] += 1
+        return block
+
+    def _unreference(self, block: int, family: int) -> None:
+        self._ref_counts[block] -= 1
+        if self._ref_counts[block] == 0:
+            self._free.append(block)
+            self._held[family] -= 1
+            if self._held[family] == 0:
+                del self._held[family]
+
+    def _drop_from(self, table: BlockTable, first: int) -> None:
+        for block in reversed(table.block_ids[first:]):
+            self._unreference(block, table.family)
+        del table.block_ids[first:]
+
+    # ------------------------------------------------------------------ integrity
+
+    def check_integrity(self) -> None:
+        """Recounts everything from the tables.
+
+        Raises:
+            AssertionError: A count, the free list or a table is inconsistent.
+        """
+        references: Counter[int] = Counter()
+        families: dict[int, int] = {}
+        for table in self._tables:
+            ids = table.block_ids
+            assert len(ids) == self._blocks_for(table.num_tokens), "table and tokens differ"
+            assert len(set(ids)) == len(ids), "a table holds a block twice"
+            references.update(ids)
+            for block in ids:
+                owner = families.setdefault(block, table.family)
+                assert owner == table.family, f"block {block} is shared between families"
+        assert PADDING_BLOCK not in references, "the padding block is in a table"
+        counted = [references[block] for block in range(self.num_blocks + 1)]
+        assert counted == self._ref_counts, "reference counts differ from the tables"
+        free = set(self._free)
+        assert len(free) == len(self._free), "a block is free twice"
+        assert free.isdisjoint(references), "a held block is free"
+        assert len(free) + len(references) == self.num_blocks, "a block is lost"
+        assert Counter(families.values()) == self._held, "blocks held by family are miscounted"
