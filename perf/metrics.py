@@ -1,0 +1,290 @@
+"""What a run measured: latencies of each request, its score, and the run's figures. Pure.
+
+Latencies count from the moment a request was sent; the delay between its place in the schedule and
+that moment is the client's and is reported apart (`client_queue_ms`). Names follow vLLM; scoring is
+stricter than vLLM's, see `SloScore.is_met`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """New tokens of one branch, as the client received them.
+
+    Attributes:
+        time_s: When the response arrived.
+        branch_path: ``""`` is the request itself (`taper_trtllm/output.py`).
+        stage_index: Stage of that branch's program.
+        num_tokens: Tokens in the response.
+    """
+
+    time_s: float
+    branch_path: str
+    stage_index: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One request as the client saw it; times are on one monotonic clock.
+
+    Attributes:
+        request_id: Its id.
+        family: Kind of request, as the workload names it.
+        is_branching: Its program has a parallel stage.
+        num_prompt_tokens: Prompt length.
+        critical_tokens: Decoded tokens on the longest path of its program.
+        scheduled_s: When it was due.
+        sent_s: When it was sent.
+        end_s: When its stream ended.
+        events: Its tokens, in order of time.
+        finish_reason: As the server said; None if no final response came.
+        error: Why it failed.
+        was_cancelled: The client withdrew it on purpose.
+        server_metrics: The server's `RequestMetrics` of it.
+    """
+
+    request_id: str
+    family: str
+    is_branching: bool
+    num_prompt_tokens: int
+    critical_tokens: int
+    scheduled_s: float
+    sent_s: float
+    end_s: float
+    events: tuple[TokenEvent, ...] = ()
+    finish_reason: str | None = None
+    error: str | None = None
+    was_cancelled: bool = False
+    server_metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_completed(self) -> bool:
+        """All its tokens arrived."""
+        return self.finish_reason == "completed" and bool(self.events)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens received over all branches."""
+        return sum(event.num_tokens for event in self.events)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestLatency:
+    """Latencies of a request that received a token; None where there is nothing to measure.
+
+    Attributes:
+        ttft_ms: Sent to first token.
+        e2el_ms: Sent to last token.
+        tpot_ms: (last - first token) / (n - 1) over all tokens; None for one token.
+        serial_tpot_ms: Inside the top-level serial stages: first to last token of each, summed,
+            over their summed intervals; None without any interval.
+        branch_tpot_ms: The same over the stages of branches.
+        critical_tpot_ms: (last - first token) / (critical-path tokens - 1).
+        parallel_stage_ms: First to last token of each top-level parallel stage, summed; None
+            without one.
+        itl_ms: Gaps between the responses.
+    """
+
+    ttft_ms: float
+    e2el_ms: float
+    tpot_ms: float | None
+    serial_tpot_ms: float | None
+    branch_tpot_ms: float | None
+    critical_tpot_ms: float | None
+    parallel_stage_ms: float | None
+    itl_ms: tuple[float, ...]
+
+    def stretch(self, critical_tokens: int, tpot_slo_ms: float) -> float:
+        """End-to-end latency over what the critical path would take at the TPOT objective."""
+        return self.e2el_ms / (critical_tokens * tpot_slo_ms)
+
+
+def measure(record: RequestRecord) -> RequestLatency | None:
+    """Measures one request; None if no token arrived."""
+    if not record.events:
+        return None
+    times_s = sorted({event.time_s for event in record.events})
+    first_s, last_s = times_s[0], times_s[-1]
+    decode_ms = 1e3 * (last_s - first_s)
+    stages: dict[tuple[str, int], list[TokenEvent]] = defaultdict(list)
+    parallel: dict[str, list[float]] = defaultdict(list)
+    for event in record.events:
+        stages[event.branch_path, event.stage_index].append(event)
+        if event.branch_path:
+            parallel[event.branch_path.split(".")[0]].append(event.time_s)
+    return RequestLatency(
+        ttft_ms=1e3 * (first_s - record.sent_s),
+        e2el_ms=1e3 * (last_s - record.sent_s),
+        tpot_ms=_per_interval(decode_ms, record.num_output_tokens - 1),
+        serial_tpot_ms=_stage_tpot_ms(e for (path, _), e in stages.items() if not path),
+        branch_tpot_ms=_stage_tpot_ms(e for (path, _), e in stages.items() if path),
+        critical_tpot_ms=_per_interval(decode_ms, record.critical_tokens - 1),
+        parallel_stage_ms=(
+            sum(1e3 * (max(t) - min(t)) for t in parallel.values()) if parallel else None
+        ),
+        itl_ms=tuple(1e3 * np.diff(times_s)),
+    )
+
+
+def _per_interval(elapsed_ms: float, num_intervals: int) -> float | None:
+    return elapsed_ms / num_intervals if num_intervals > 0 else None
+
+
+def _stage_tpot_ms(stages: Iterable[list[TokenEvent]]) -> float | None:
+    elapsed_ms, num_intervals = 0.0, 0
+    for events in stages:
+        times_s = [event.time_s for event in events]
+        elapsed_ms += 1e3 * (max(times_s) - min(times_s))
+        num_intervals += sum(event.num_tokens for event in events) - 1
+    return _per_interval(elapsed_ms, num_intervals)
+
+
+@dataclass(frozen=True, slots=True)
+class SloScore:
+    """How requests are scored; a bound of None is not asked.
+
+    Attributes:
+        ttft_ms: Bound on TTFT.
+        tpot_ms: Bound on TPOT *and* on serial TPOT: over all tokens alone, branches that merely
+            overlap would pass.
+        e2el_ms: Bound on the end-to-end latency.
+        stretch: Bound on the stretch, relative to `tpot_ms`.
+    """
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    e2el_ms: float | None = None
+    stretch: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.stretch is not None and self.tpot_ms is None:
+            raise ValueError("goodput: stretch needs tpot")
+
+    @property
+    def is_set(self) -> bool:
+        """Anything is asked."""
+        return (self.ttft_ms, self.tpot_ms, self.e2el_ms) != (None, None, None)
+
+    def is_met(self, record: RequestRecord) -> bool:
+        """Scores one request; one that did not complete is a miss, whatever it delivered."""
+        latency = measure(record)
+        if latency is None or not record.is_completed:
+            return False
+        stretch = None
+        if self.stretch is not None and self.tpot_ms is not None:
+            stretch = latency.stretch(record.critical_tokens, self.tpot_ms)
+        return (
+            _within(latency.ttft_ms, self.ttft_ms)
+            and _within(latency.tpot_ms, self.tpot_ms)
+            and _within(latency.serial_tpot_ms, self.tpot_ms)
+            and _within(latency.e2el_ms, self.e2el_ms)
+            and _within(stretch, self.stretch)
+        )
+
+
+def _within(value: float | None, bound: float | None) -> bool:
+    """A condition without a value is vacuous: a single token has no interval."""
+    return value is None or bound is None or value <= bound
+
+
+# ------------------------------------------------------------------------------- figures of a run
+
+
+def victims(records: Sequence[RequestRecord]) -> list[RequestRecord]:
+    """Plain requests whose decode overlapped that of a branching one."""
+    spans = [_decode_span_s(r) for r in records if r.is_branching and r.events]
+    found = []
+    for record in records:
+        if record.is_branching or not record.events:
+            continue
+        first_s, last_s = _decode_span_s(record)
+        if any(start <= last_s and first_s <= end for start, end in spans):
+            found.append(record)
+    return found
+
+
+def _decode_span_s(record: RequestRecord) -> tuple[float, float]:
+    times_s = [event.time_s for event in record.events]
+    return min(times_s), max(times_s)
+
+
+def scored(records: Iterable[RequestRecord]) -> list[RequestRecord]:
+    """The requests that count: all that arrived, except those the client itself withdrew."""
+    return [record for record in records if not record.was_cancelled]
+
+
+def attainment(records: Sequence[RequestRecord], slo: SloScore) -> float | None:
+    """Share of requests that met the objective; None without requests."""
+    if not records:
+        return None
+    return sum(slo.is_met(record) for record in records) / len(records)
+
+
+def group_figures(
+    records: Sequence[RequestRecord], slo: SloScore, percentiles: Sequence[float]
+) -> dict[str, Any]:
+    """Latency figures of a set of requests, by vLLM's names; `slo_attainment` if asked."""
+    pairs = [(r, m) for r in records if r.is_completed and (m := measure(r)) is not None]
+    latencies = [m for _, m in pairs]
+    columns: dict[str, Sequence[float | None]] = {
+        "ttft_ms": [m.ttft_ms for m in latencies],
+        "tpot_ms": [m.tpot_ms for m in latencies],
+        "itl_ms": [gap for m in latencies for gap in m.itl_ms],
+        "e2el_ms": [m.e2el_ms for m in latencies],
+        "serial_tpot_ms": [m.serial_tpot_ms for m in latencies],
+        "branch_tpot_ms": [m.branch_tpot_ms for m in latencies],
+        "critical_tpot_ms": [m.critical_tpot_ms for m in latencies],
+        "parallel_stage_ms": [m.parallel_stage_ms for m in latencies],
+    }
+    if slo.tpot_ms is not None:
+        columns["stretch"] = [m.stretch(r.critical_tokens, slo.tpot_ms) for r, m in pairs]
+    figures: dict[str, Any] = {"num_requests": len(records)}
+    if slo.is_set:
+        figures["slo_attainment"] = attainment(records, slo)
+    for name, values in columns.items():
+        figures |= describe(name, [v for v in values if v is not None], percentiles)
+    return figures
+
+
+def describe(
+    name: str, values: Sequence[float], percentiles: Sequence[float]
+) -> dict[str, float | None]:
+    """Mean, median, standard deviation and percentiles under vLLM's keys; None without values."""
+    column = np.asarray(values, dtype=np.float64)
+    empty = not len(column)
+    figures = {
+        f"mean_{name}": None if empty else float(column.mean()),
+        f"median_{name}": None if empty else float(np.median(column)),
+        f"std_{name}": None if empty else float(column.std()),
+    }
+    for p in percentiles:
+        figures[f"p{p:g}_{name}"] = None if empty else float(np.percentile(column, p))
+    return figures
+
+
+def goodput(
+    records: Sequence[RequestRecord], slo: SloScore, window_s: float
+) -> dict[str, float | None]:
+    """Request and token goodput and attainment over a window of arrivals.
+
+    The window is that of the arrivals, not of the run: with the latter, one long request that
+    drains after the last arrival would count against every other.
+    """
+    if not slo.is_set:
+        return {"request_goodput": None, "token_goodput": None, "slo_attainment": None}
+    counted = scored(records)
+    met = [record for record in counted if slo.is_met(record)]
+    return {
+        "request_goodput": len(met) / window_s,
+        "token_goodput": sum(record.num_output_tokens for record in met) / window_s,
+        "slo_attainment": attainment(counted, slo),
+    }
