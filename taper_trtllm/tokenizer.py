@@ -1,0 +1,164 @@
+"""Text to token ids and back: requests that come as text, and branches that stream as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from taper_trtllm.config import EngineConfig
+from taper_trtllm.request import (
+    Branch,
+    ForkJoinRequest,
+    ParallelStage,
+    RequestError,
+    SerialStage,
+)
+
+_REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
+# Tokens held back at most while their text is incomplete: a character spans at most four byte
+# tokens, and runs of tokens that begin inside one character and end inside the next are short.
+_MAX_HELD_TOKENS = 16
+
+
+class Tokenizer(Protocol):
+    """What serving needs of a tokenizer."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text; with the model's own prefix for the beginning of a prompt."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of the ids, special tokens left out."""
+
+
+class ByteTokenizer:
+    """UTF-8 bytes, for the random model: id = byte; ids above 255 stand for no text."""
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """The text's bytes."""
+        return list(text.encode())
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The bytes among the ids, as UTF-8."""
+        return bytes(i for i in token_ids if i < 256).decode(errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """The tokenizer of a checkpoint directory."""
+
+    def __init__(self, model_dir: str) -> None:
+        """Reads the directory; nothing is downloaded.
+
+        Raises:
+            OSError: It holds no tokenizer.
+        """
+        from transformers import AutoTokenizer  # the extra `tokenizer`; byte ids need none
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """See `Tokenizer.encode`."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """See `Tokenizer.decode`."""
+        text: str = self._tokenizer.decode(
+            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
+    """The tokenizer of the served model; None if its checkpoint comes without one."""
+    if config.model_dir is None:
+        return ByteTokenizer()
+    if not (config.model_dir / "tokenizer_config.json").exists():
+        return None
+    return HuggingFaceTokenizer(str(config.model_dir))
+
+
+class IncrementalDecoder:
+    """Text of a growing list of tokens, piece by piece; the pieces add up to the whole text.
+
+    ```
+    token_ids  [ context | sent | new ]
+                        ^ start  ^ read
+    ```
+    New tokens are decoded together with the tokens sent last, because what a token adds can depend
+    on the one before (spaces), and are held back while they end inside a character.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids: list[int] = []
+        self._start = 0
+        self._read = 0
+
+    def push(self, token_ids: Sequence[int], *, last: bool) -> str:
+        """Adds tokens and returns the text that is complete; all that is left if `last`."""
+        self._token_ids += token_ids
+        sent = self._tokenizer.decode(self._token_ids[self._start : self._read])
+        text = self._tokenizer.decode(self._token_ids[self._start :])
+        num_held = len(self._token_ids) - self._read
+        if text.endswith(_REPLACEMENT) and num_held <= _MAX_HELD_TOKENS and not last:
+            return ""
+        self._start, self._read = self._read, len(self._token_ids)
+        return text[len(sent) :]
+
+
+def encode_text(
+    tokenizer: Tokenizer | None, field: str, text: str, *, is_prompt: bool
+) -> list[int]:
+    """Token ids of a text in a request.
+
+    Raises:
+        RequestError: Names `field`; the model has no tokenizer.
+    """
+    if tokenizer is None:
+        raise RequestError(field, "the served model has no tokenizer; send token ids")
+    return tokenizer.encode(text, add_special_tokens=is_prompt)
+
+
+def resolve_texts(request: ForkJoinRequest, tokenizer: Tokenizer | None) -> ForkJoinRequest:
+    """Replaces every `header_text` and `join_text` by its ids.
+
+    Raises:
+        RequestError: Names the field; ids and text are both given, or there is no tokenizer.
+    """
+    stages = tuple(
+        _resolve_stage(stage, tokenizer, f"stages[{i}]") for i, stage in enumerate(request.stages)
+    )
+    return request.model_copy(update={"stages": stages})
+
+
+def _resolve_stage(
+    stage: SerialStage | ParallelStage, tokenizer: Tokenizer | None, at: str
+) -> SerialStage | ParallelStage:
+    if isinstance(stage, SerialStage):
+        return stage
+    branches = tuple(
+        _resolve_branch(branch, tokenizer, f"{at}.branches[{i}]")
+        for i, branch in enumerate(stage.branches)
+    )
+    join_ids = _resolve_ids(stage.join_ids, stage.join_text, tokenizer, f"{at}.join_text")
+    return stage.model_copy(update={"branches": branches, "join_ids": join_ids, "join_text": None})
+
+
+def _resolve_branch(branch: Branch, tokenizer: Tokenizer | None, at: str) -> Branch:
+    header_ids = _resolve_ids(branch.header_ids, branch.header_text, tokenizer, f"{at}.header_text")
+    stages = branch.stages and tuple(
+        _resolve_stage(stage, tokenizer, f"{at}.stages[{i}]")
+        for i, stage in enumerate(branch.stages)
+    )
+    return branch.model_copy(
+        update={"header_ids": header_ids, "header_text": None, "stages": stages}
+    )
+
+
+def _resolve_ids(
+    ids: tuple[int, ...], text: str | None, tokenizer: Tokenizer | None, field: str
+) -> tuple[int, ...]:
+    if text is None:
+        return ids
+    if ids:
+        raise RequestError(field, f"give {field.rpartition('.')[2]} or the ids, not both")
+    return tuple(encode_text(tokenizer, field, text, is_prompt=False))

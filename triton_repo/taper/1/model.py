@@ -1,0 +1,144 @@
+"""The model `taper`: Triton's tensors to requests of `taper_trtllm` and back; no logic."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from taper_trtllm.config import load_config
+from taper_trtllm.executor import ExecutorThread, TaperExecutor
+from taper_trtllm.metrics import FAMILIES, MetricChange
+from taper_trtllm.output import RequestOutput
+from taper_trtllm.request import RequestError
+from taper_trtllm.response_stream import ResponseStreamer
+from taper_trtllm.tensors import INPUT_NAMES, TextDecoder, decode_request, encode_output
+from taper_trtllm.tokenizer import load_tokenizer
+
+_DRAIN_TIMEOUT_S = 2.0
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    """Called by Triton: `initialize` once, `execute` per request, `finalize` once."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Builds the executor; an exception here makes the server refuse to start."""
+        _check_tensors()
+        default = Path(args["model_repository"]) / "config.yaml"
+        self._config = load_config(os.environ.get("TAPER_CONFIG", default))
+        self._tokenizer = load_tokenizer(self._config.engine)
+        self._executor = TaperExecutor.from_config(self._config)
+        exporter = _MetricExporter(
+            model=args["model_name"],
+            version=args["model_version"],
+            policy=self._executor.policy_name,
+        )
+        self._streamer = ResponseStreamer(self._executor, exporter.apply, pb_utils.Logger.log_error)
+        self._thread = ExecutorThread(self._executor)
+        self._thread.start()
+
+    def execute(self, requests: list[Any]) -> None:
+        """Queues requests; each is answered on its own stream, whatever happens to the others."""
+        for request in requests:
+            sender = request.get_response_sender()
+            try:
+                self._submit(request, sender)
+            except RequestError as error:
+                _send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
+            except Exception as error:
+                _send_error(
+                    sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL
+                )
+
+    def finalize(self) -> None:
+        """Lets running requests end for a moment; what is still open then is answered."""
+        self._executor.drain(_DRAIN_TIMEOUT_S)
+        self._thread.stop()
+        self._executor.shutdown()
+        self._streamer.close()
+
+    def _submit(self, request: Any, sender: Any) -> None:
+        tensors = {
+            name: tensor.as_numpy()
+            for name in INPUT_NAMES
+            if (tensor := pb_utils.get_input_tensor_by_name(request, name)) is not None
+        }
+        request_id = request.request_id() or str(uuid.uuid4())
+        decoded = decode_request(tensors, request_id, self._tokenizer, self._config)
+        decoder = TextDecoder(self._tokenizer) if decoded.is_text and self._tokenizer else None
+        sink = _ResponseSink(sender, decoder)
+        self._streamer.submit(decoded.request, sink, streaming=decoded.streaming)
+
+
+class _ResponseSink:
+    """The way back of one request: a Triton response sender."""
+
+    def __init__(self, sender: Any, decoder: TextDecoder | None) -> None:
+        self._sender = sender
+        self._decoder = decoder
+
+    def send(self, output: RequestOutput) -> None:
+        if output.error is not None:
+            _send_error(self._sender, output.error, pb_utils.TritonError.INTERNAL)
+            return
+        texts = self._decoder.decode(output.branches) if self._decoder is not None else None
+        tensors = [
+            pb_utils.Tensor(name, array) for name, array in encode_output(output, texts).items()
+        ]
+        response = pb_utils.InferenceResponse(tensors)
+        self._sender.send(response, flags=_FINAL if output.finished else 0)
+
+    def is_cancelled(self) -> bool:
+        return bool(self._sender.is_cancelled())
+
+
+class _MetricExporter:
+    """Triton's metric objects; `apply` is for one thread only (two can crash the server)."""
+
+    def __init__(self, **labels: str) -> None:
+        self._families = []  # kept: a family that is collected disappears from /metrics
+        self._apply: dict[tuple[str, str | None], Any] = {}
+        kinds = pb_utils.MetricFamily
+        for family in FAMILIES:
+            triton_family = pb_utils.MetricFamily(
+                name=family.name,
+                description=family.description,
+                kind=getattr(kinds, family.kind.upper()),
+            )
+            self._families.append(triton_family)
+            buckets = {"buckets": list(family.buckets)} if family.buckets else {}
+            name, values = family.label or ("", (None,))
+            for value in values:
+                extra = {} if value is None else {name: value}
+                metric = triton_family.Metric(labels={**labels, **extra}, **buckets)
+                method = {"counter": "increment", "gauge": "set", "histogram": "observe"}
+                self._apply[family.name, value] = getattr(metric, method[family.kind])
+
+    def apply(self, change: MetricChange) -> None:
+        self._apply[change.name, change.label](change.value)
+
+
+def _check_tensors() -> None:
+    """Refuses a numpy under which tensors arrive corrupted.
+
+    Raises:
+        RuntimeError: numpy 2 is installed, or a tensor does not survive the round trip.
+    """
+    sent = np.array([5, 6, 7, 8], np.int32)
+    received = pb_utils.Tensor("round_trip", sent).as_numpy()
+    if np.__version__.startswith("1.") and np.array_equal(sent, received):
+        return
+    raise RuntimeError(
+        f"Triton's Python stub corrupts tensors under numpy {np.__version__} "
+        f"(sent {sent.tolist()}, received {received.tolist()}); install numpy<2"
+    )
+
+
+def _send_error(sender: Any, message: str, code: int) -> None:
+    error = pb_utils.TritonError(message, code)
+    sender.send(pb_utils.InferenceResponse(error=error), flags=_FINAL)
