@@ -9,7 +9,6 @@ from taper_trtllm.request import (
     ForkJoinRequest,
     ParallelStage,
     SerialStage,
-    max_context_tokens,
     max_new_tokens,
 )
 
@@ -21,29 +20,37 @@ class ProgramCost:
     Attributes:
         num_output_tokens: Decoded tokens over all branches.
         critical_tokens: Decoded tokens on the longest path.
-        num_prefill_tokens: Prompt, branch headers and joined branch texts.
         max_seq_tokens: Length of the final context.
         decode_context_tokens: Context length, summed over decoded tokens.
+        num_prefill_tokens: Prompt, branch headers and joined branch texts.
+        num_prefill_chunks: Pieces that these come in.
+        prefill_token_context: Context length, summed over prefilled tokens.
     """
 
     num_output_tokens: int
     critical_tokens: int
-    num_prefill_tokens: int
     max_seq_tokens: int
     decode_context_tokens: int
+    num_prefill_tokens: int
+    num_prefill_chunks: int
+    prefill_token_context: int
 
 
 def program_cost(request: ForkJoinRequest) -> ProgramCost:
     """Walks the program of a request."""
     num_prompt = len(request.input_ids)
     program = request.program
-    prefill, context = _walk(program, num_prompt)
+    walk = _Walk()
+    walk.prefill(0, num_prompt)
+    end = walk.run(program, num_prompt)
     return ProgramCost(
         num_output_tokens=max_new_tokens(program),
         critical_tokens=critical_tokens(program),
-        num_prefill_tokens=num_prompt + prefill,
-        max_seq_tokens=num_prompt + max_context_tokens(program),
-        decode_context_tokens=context,
+        max_seq_tokens=end,
+        decode_context_tokens=walk.decode_context,
+        num_prefill_tokens=walk.prefill_tokens,
+        num_prefill_chunks=walk.prefill_chunks,
+        prefill_token_context=walk.prefill_context,
     )
 
 
@@ -57,23 +64,43 @@ def critical_tokens(program: Sequence[SerialStage | ParallelStage]) -> int:
     )
 
 
-def _walk(program: Sequence[SerialStage | ParallelStage], context: int) -> tuple[int, int]:
-    """Returns (tokens prefilled, context length summed over decoded tokens) from a context on."""
-    prefill = decode_context = 0
-    for stage in program:
-        if isinstance(stage, SerialStage):
-            decode_context += sum(range(context, context + stage.max_tokens))
-            context += stage.max_tokens
-            continue
-        prefill += len(stage.join_ids)
-        joined = context + len(stage.join_ids)
+class _Walk:
+    """Adds up what a program decodes and prefills, and at which context length."""
+
+    def __init__(self) -> None:
+        self.decode_context = self.prefill_context = 0
+        self.prefill_tokens = self.prefill_chunks = 0
+
+    def run(self, program: Sequence[SerialStage | ParallelStage], context: int) -> int:
+        """Walks a program that starts at a context length; returns the length at its end."""
+        for stage in program:
+            if isinstance(stage, SerialStage):
+                self.decode_context += _sum_of_lengths(context, stage.max_tokens)
+                context += stage.max_tokens
+            else:
+                context = self._run_parallel(stage, context)
+        return context
+
+    def prefill(self, context: int, num_tokens: int) -> None:
+        """One piece of prefill."""
+        if num_tokens:
+            self.prefill_chunks += 1
+            self.prefill_tokens += num_tokens
+            self.prefill_context += _sum_of_lengths(context, num_tokens)
+
+    def _run_parallel(self, stage: ParallelStage, fork: int) -> int:
+        first_end = joined = fork
         for j, branch in enumerate(stage.branches):
             header = len(branch.header_ids)
-            inner_prefill, inner_context = _walk(branch.program, context + header)
-            text = header + max_context_tokens(branch.program)
-            # Branch 0 is contiguous with the prefix; the others' texts move to a new position.
-            prefill += header + inner_prefill + (text if j else 0)
-            decode_context += inner_context
-            joined += text
-        context = joined
-    return prefill, decode_context
+            self.prefill(fork, header)
+            end = self.run(branch.program, fork + header)
+            joined += end - fork
+            first_end = end if j == 0 else first_end
+        # Branch 0 is contiguous with the prefix; the others' texts move to a new position.
+        joined += len(stage.join_ids)
+        self.prefill(first_end, joined - first_end)
+        return joined
+
+
+def _sum_of_lengths(context: int, num_tokens: int) -> int:
+    return num_tokens * context + num_tokens * (num_tokens - 1) // 2

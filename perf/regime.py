@@ -1,0 +1,259 @@
+"""The regime of an experiment: slots, memory, objectives and loads, fixed before any policy runs.
+
+Everything follows from the latency profile of the engine and from the trace, by constants that
+stand here and know nothing of a policy. ``python -m perf.regime`` prints it and writes the serving
+configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from perf.program import ProgramCost, program_cost
+from perf.trace import read_trace
+from perf.workload import DEFAULT_TRACE, WorkloadConfig, make_request
+from taper_trtllm.batch import PrefillLoad
+from taper_trtllm.config import ConfigError, EngineConfig, ServingConfig, load_config
+from taper_trtllm.predictor import StepLatencyPredictor
+from taper_trtllm.profile import ProfileError, load_profile
+from taper_trtllm.request import RequestError, RequestLimits, SloTarget
+
+LENGTH_SCALE = 0.25  # a request then lasts about a second on the small model
+MAX_NUM_REQUESTS = 16  # request slots
+TPOT_SLO_STEPS = 3.5  # tau, in steps of a single sequence
+TTFT_SLO_TPOTS = 67  # Y in tau: 2 s for 30 ms, a usual pair of objectives
+KV_POOL_FOOTPRINTS = 2.0  # per slot: one for the request itself, one for branches beside it
+
+
+@dataclass(frozen=True, slots=True)
+class Regime:
+    """What every policy of an experiment runs under.
+
+    Attributes:
+        length_scale: Factor on the trace's token counts.
+        num_requests: Requests of the trace that the limits admit.
+        mean_output_tokens: Decoded tokens per request.
+        mean_prefill_tokens: Prompt, header and join tokens per request.
+        mean_context_tokens: Context length of a decoded token.
+        single_step_ms: T(1, mean context).
+        tpot_slo_ms: tau = `TPOT_SLO_STEPS` x single step.
+        ttft_slo_ms: Y = `TTFT_SLO_TPOTS` x tau.
+        max_num_requests: Request slots.
+        max_prefill_tokens: Chunk budget: the most whole blocks with which a step of all slots, one
+            leaf each, stays within kappa tau, the longest step that the controller itself allows.
+        num_kv_blocks: KV pool: `KV_POOL_FOOTPRINTS` mean worst-case footprints per slot, and at
+            least the largest request.
+        widest_step: w*, the largest width with T(w, w x mean context) <= tau.
+        prefill_ms: Time that the prefill of a mean request adds to steps of width w*.
+        reference_rate: R0 in requests per second, where 1 / R0 = mean output tokens x tau / w* +
+            prefill time: decoding at tau, always at full width, with the prefill's share off.
+    """
+
+    length_scale: float
+    num_requests: int
+    mean_output_tokens: float
+    mean_prefill_tokens: float
+    mean_context_tokens: float
+    single_step_ms: float
+    tpot_slo_ms: float
+    ttft_slo_ms: float
+    max_num_requests: int
+    max_prefill_tokens: int
+    num_kv_blocks: int
+    widest_step: int
+    prefill_ms: float
+    reference_rate: float
+
+    def serving_config(self, base: ServingConfig, policy: str, profile: Path) -> ServingConfig:
+        """The configuration that a server of this regime is started with."""
+        engine = base.engine.model_copy(update={"num_kv_blocks": self.num_kv_blocks})
+        scheduler = base.scheduler.model_copy(
+            update={
+                "policy": policy,
+                "max_num_requests": self.max_num_requests,
+                "max_prefill_tokens": self.max_prefill_tokens,
+            }
+        )
+        slo = SloTarget(ttft_ms=self.ttft_slo_ms, tpot_ms=self.tpot_slo_ms)
+        return base.model_copy(
+            update={
+                "engine": engine,
+                "scheduler": scheduler,
+                "slo": slo,
+                "profile": profile.resolve(),
+            }
+        )
+
+    def lines(self) -> list[str]:
+        """The regime in words."""
+        return [
+            f"trace: {self.num_requests} requests, lengths x {self.length_scale:g}; means: "
+            f"{self.mean_output_tokens:.0f} decoded and {self.mean_prefill_tokens:.0f} prefilled "
+            f"tokens, context {self.mean_context_tokens:.0f}",
+            f"tau = {TPOT_SLO_STEPS:g} x T(1) = {TPOT_SLO_STEPS:g} x {self.single_step_ms:.2f} ms "
+            f"= {self.tpot_slo_ms:.1f} ms;  Y = {TTFT_SLO_TPOTS} tau = {self.ttft_slo_ms:.0f} ms",
+            f"{self.max_num_requests} slots, {self.num_kv_blocks} KV blocks, "
+            f"{self.max_prefill_tokens} prefill tokens per step",
+            f"w* = {self.widest_step} sequences within tau, {self.prefill_ms:.1f} ms of prefill "
+            f"per request;  R0 = {self.reference_rate:.2f} requests/s",
+        ]
+
+
+def trace_costs(
+    dataset_path: Path, length_scale: float, limits: RequestLimits, vocab_size: int
+) -> list[ProgramCost]:
+    """Costs of every row of a trace that the limits admit."""
+    config = WorkloadConfig(
+        dataset_path=dataset_path, length_scale=length_scale, vocab_size=vocab_size
+    )
+    rng = np.random.default_rng(0)
+    costs = []
+    for row in read_trace(dataset_path):
+        try:
+            request = make_request(row, config, "cost", [], rng, limits).request
+        except RequestError:
+            continue
+        costs.append(program_cost(request))
+    return costs
+
+
+def fix_regime(
+    predictor: StepLatencyPredictor,
+    costs: list[ProgramCost],
+    base: ServingConfig,
+    length_scale: float = LENGTH_SCALE,
+) -> Regime:
+    """Derives the regime.
+
+    Args:
+        predictor: Of the engine's profile, uncorrected.
+        costs: Of the scaled trace.
+        base: Configuration of the engine and the scheduler's constants.
+        length_scale: That the costs were computed with.
+    """
+    output = float(np.mean([c.num_output_tokens for c in costs]))
+    context = sum(c.decode_context_tokens for c in costs) / sum(c.num_output_tokens for c in costs)
+    prefill = PrefillLoad(
+        num_chunks=round(np.mean([c.num_prefill_chunks for c in costs])),
+        num_tokens=round(np.mean([c.num_prefill_tokens for c in costs])),
+        token_context=float(np.mean([c.prefill_token_context for c in costs])),
+    )
+    single_ms = predictor.predict_step_ms(1, round(context))
+    tau_ms = TPOT_SLO_STEPS * single_ms
+    widest = _widest_step(predictor, context, tau_ms, base.scheduler.max_batch_size)
+    in_step = round(widest * context)
+    prefill_ms = predictor.predict_step_ms(widest, in_step, prefill) - predictor.predict_step_ms(
+        widest, in_step
+    )
+    return Regime(
+        length_scale=length_scale,
+        num_requests=len(costs),
+        mean_output_tokens=output,
+        mean_prefill_tokens=float(prefill.num_tokens),
+        mean_context_tokens=context,
+        single_step_ms=single_ms,
+        tpot_slo_ms=tau_ms,
+        ttft_slo_ms=TTFT_SLO_TPOTS * tau_ms,
+        max_num_requests=MAX_NUM_REQUESTS,
+        max_prefill_tokens=_chunk_budget(
+            predictor, context, prefill, base.scheduler.kappa * tau_ms, base.engine
+        ),
+        num_kv_blocks=_kv_pool(costs, base.engine.tokens_per_block),
+        widest_step=widest,
+        prefill_ms=prefill_ms,
+        reference_rate=1e3 / (output * tau_ms / widest + prefill_ms),
+    )
+
+
+def _widest_step(
+    predictor: StepLatencyPredictor, context: float, tau_ms: float, max_width: int
+) -> int:
+    widths = np.arange(1, max_width + 1)
+    total = np.rint(widths * context).astype(np.int64)
+    within = predictor.predict_steps_ms(widths, total, PrefillLoad()) <= tau_ms
+    return int(widths[within].max())  # T need not be monotone; width 1 is always within
+
+
+def _chunk_budget(
+    predictor: StepLatencyPredictor,
+    context: float,
+    mean_prefill: PrefillLoad,
+    limit_ms: float,
+    engine: EngineConfig,
+) -> int:
+    per_token = mean_prefill.token_context / mean_prefill.num_tokens
+    budget = block = engine.tokens_per_block
+    while budget < engine.max_seq_len:
+        chunk = PrefillLoad(1, budget + block, (budget + block) * per_token)
+        if (
+            predictor.predict_step_ms(MAX_NUM_REQUESTS, round(MAX_NUM_REQUESTS * context), chunk)
+            > limit_ms
+        ):
+            break
+        budget += block
+    return budget
+
+
+def _kv_pool(costs: list[ProgramCost], tokens_per_block: int) -> int:
+    """A footprint is the final context in blocks and one block for the copy of a tail."""
+    footprints = [math.ceil(c.max_seq_tokens / tokens_per_block) + 1 for c in costs]
+    wanted = math.ceil(KV_POOL_FOOTPRINTS * MAX_NUM_REQUESTS * float(np.mean(footprints)))
+    return max(wanted, max(footprints))
+
+
+def regime_of(
+    profile: Path,
+    base: ServingConfig,
+    dataset_path: Path = DEFAULT_TRACE,
+    length_scale: float = LENGTH_SCALE,
+) -> Regime:
+    """The regime of a profile file and a trace file.
+
+    Raises:
+        ProfileError: The profile cannot be read.
+        TraceError: The trace cannot be read.
+    """
+    predictor = StepLatencyPredictor(load_profile(profile), mode="uncorrected")
+    vocab_size = base.engine.random_model.vocab_size
+    costs = trace_costs(dataset_path, length_scale, base.limits, vocab_size)
+    return fix_regime(predictor, costs, base, length_scale)
+
+
+def write_config(config: ServingConfig, path: Path) -> None:
+    """Writes a serving configuration as YAML."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def main() -> int:
+    """Prints the regime and writes the configuration of a server."""
+    parser = argparse.ArgumentParser(prog="python -m perf.regime", description=__doc__)
+    parser.add_argument("--profile", type=Path, required=True, help="latency profile (JSON)")
+    parser.add_argument("--config", type=Path, help="base serving configuration (YAML)")
+    parser.add_argument("--dataset-path", type=Path, default=DEFAULT_TRACE, help="trace (CSV)")
+    parser.add_argument("--length-scale", type=float, default=LENGTH_SCALE, help="%(default)s")
+    parser.add_argument("--policy", default="taper", help="of the written configuration")
+    parser.add_argument("--output", type=Path, help="serving configuration to write")
+    arguments = parser.parse_args()
+    try:
+        base = load_config(arguments.config) if arguments.config else ServingConfig()
+        regime = regime_of(arguments.profile, base, arguments.dataset_path, arguments.length_scale)
+    except (ConfigError, ProfileError, ValueError) as error:
+        parser.exit(1, f"error: {error}\n")
+    print("\n".join(regime.lines()))
+    print(json.dumps(asdict(regime), indent=1))
+    if arguments.output:
+        config = regime.serving_config(base, arguments.policy, arguments.profile)
+        write_config(config, arguments.output)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
