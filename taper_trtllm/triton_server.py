@@ -143,9 +143,9 @@ class TritonServer:
             raise TritonServerError(f"tritonserver ended with status {status}\n{self.log_tail()}")
 
     def log_tail(self, num_lines: int = _LOG_TAIL_LINES) -> str:
-        """The last lines of the log."""
+        """The last lines of the log, without the tables that Triton prints between messages."""
         lines = self.log_path.read_text(errors="replace").splitlines()
-        return "\n".join(lines[-num_lines:])
+        return "\n".join([line for line in lines if line and line[0] not in "+|"][-num_lines:])
 
     def generate(self, fields: dict[str, Any], timeout_s: float = 60.0) -> dict[str, Any]:
         """Runs one request to its end over HTTP, with `streaming` off.
