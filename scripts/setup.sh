@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# Creates the virtual environment .venv and installs the project with everything its tests need.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+usage() {
+    cat <<'USAGE'
+usage: scripts/setup.sh [--help]
+
+Creates .venv (Python 3.10 to 3.12, 3.11 preferred) and installs the project with pinned
+dependencies. Does nothing when nothing has changed since the last run.
+
+environment:
+  PYTHON   interpreter to create .venv with (default: python3.11, python3.12 or python3.10)
+USAGE
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.11 python3.12 python3.10}; do
+        if "$candidate" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' \
+            2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.10 to 3.12 found (tried: ${PYTHON:-python3.11 python3.12 python3.10})" >&2
+    return 1
+}
+
+case "${1:-}" in
+    "") ;;
+    -h | --help) usage; exit 0 ;;
+    *) usage >&2; exit 2 ;;
+esac
+
+inputs="$(cat pyproject.toml scripts/constraints.txt scripts/setup.sh | sha256sum)"
+stamp=.venv/.taper-setup
+if [[ -f "$stamp" && "$(<"$stamp")" == "$inputs" ]]; then
+    exit 0
+fi
+
+echo "setting up .venv (a few minutes the first time)"
+if [[ ! -x .venv/bin/python ]]; then
+    python="$(find_python)"
+    "$python" -m venv .venv
+fi
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt)
+# torch first and by itself, so that a CPU build already present is kept by what follows.
+"${pip[@]}" torch
+"${pip[@]}" --editable '.[dev]'
+echo "$inputs" >"$stamp"
