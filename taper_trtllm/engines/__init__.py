@@ -1,0 +1,18 @@
+"""Engines: what runs an iteration and owns KV. `base` has the interface."""
+
+from __future__ import annotations
+
+from taper_trtllm.config import EngineConfig
+from taper_trtllm.engines.base import Engine
+
+
+def create_engine(config: EngineConfig) -> Engine:
+    """Creates the engine that the configuration names.
+
+    Raises:
+        ConfigError: The model cannot be served.
+    """
+    # Imported here: the decision core works without torch.
+    from taper_trtllm.engines.torch_engine import TorchEngine
+
+    return TorchEngine(config)

@@ -63,6 +63,11 @@ class BlockPool:
         """Blocks that no table holds."""
         return len(self._free)
 
+    @property
+    def num_tables(self) -> int:
+        """Tables that were not released."""
+        return len(self._tables)
+
     def num_blocks_held(self, family: int) -> int:
         """Distinct blocks in the tables of a family."""
         return self._held[family]
