@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.request import (
     ForkJoinRequest,
     ParallelStage,
@@ -20,7 +21,7 @@ class ProgramCost:
     Attributes:
         num_output_tokens: Decoded tokens over all branches.
         critical_tokens: Decoded tokens on the longest path.
-        max_seq_tokens: Length of the final context.
+        footprint_blocks: KV blocks that its worst-case serial execution reserves.
         decode_context_tokens: Context length, summed over decoded tokens.
         num_prefill_tokens: Prompt, branch headers and joined branch texts.
         num_prefill_chunks: Pieces that these come in.
@@ -29,24 +30,24 @@ class ProgramCost:
 
     num_output_tokens: int
     critical_tokens: int
-    max_seq_tokens: int
+    footprint_blocks: int
     decode_context_tokens: int
     num_prefill_tokens: int
     num_prefill_chunks: int
     prefill_token_context: int
 
 
-def program_cost(request: ForkJoinRequest) -> ProgramCost:
-    """Walks the program of a request."""
+def program_cost(request: ForkJoinRequest, tokens_per_block: int) -> ProgramCost:
+    """Walks the program of a request on an engine with blocks of `tokens_per_block`."""
     num_prompt = len(request.input_ids)
     program = request.program
     walk = _Walk()
     walk.prefill(0, num_prompt)
-    end = walk.run(program, num_prompt)
+    walk.run(program, num_prompt)
     return ProgramCost(
         num_output_tokens=max_new_tokens(program),
         critical_tokens=critical_tokens(program),
-        max_seq_tokens=end,
+        footprint_blocks=serial_footprint_blocks(num_prompt, program, tokens_per_block),
         decode_context_tokens=walk.decode_context,
         num_prefill_tokens=walk.prefill_tokens,
         num_prefill_chunks=walk.prefill_chunks,

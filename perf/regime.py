@@ -107,11 +107,13 @@ class Regime:
 
 
 def trace_costs(
-    dataset_path: Path, length_scale: float, limits: RequestLimits, vocab_size: int
+    dataset_path: Path, length_scale: float, limits: RequestLimits, engine: EngineConfig
 ) -> list[ProgramCost]:
     """Costs of every row of a trace that the limits admit."""
     config = WorkloadConfig(
-        dataset_path=dataset_path, length_scale=length_scale, vocab_size=vocab_size
+        dataset_path=dataset_path,
+        length_scale=length_scale,
+        vocab_size=engine.random_model.vocab_size,
     )
     rng = np.random.default_rng(0)
     costs = []
@@ -120,7 +122,7 @@ def trace_costs(
             request = make_request(row, config, "cost", [], rng, limits).request
         except RequestError:
             continue
-        costs.append(program_cost(request))
+        costs.append(program_cost(request, engine.tokens_per_block))
     return costs
 
 
@@ -165,7 +167,7 @@ def fix_regime(
         max_prefill_tokens=_chunk_budget(
             predictor, context, prefill, base.scheduler.kappa * tau_ms, base.engine
         ),
-        num_kv_blocks=_kv_pool(costs, base.engine.tokens_per_block),
+        num_kv_blocks=_kv_pool(costs),
         widest_step=widest,
         prefill_ms=prefill_ms,
         reference_rate=1e3 / (output * tau_ms / widest + prefill_ms),
@@ -201,9 +203,8 @@ def _chunk_budget(
     return budget
 
 
-def _kv_pool(costs: list[ProgramCost], tokens_per_block: int) -> int:
-    """A footprint is the final context in blocks and one block for the copy of a tail."""
-    footprints = [math.ceil(c.max_seq_tokens / tokens_per_block) + 1 for c in costs]
+def _kv_pool(costs: list[ProgramCost]) -> int:
+    footprints = [c.footprint_blocks for c in costs]
     wanted = math.ceil(KV_POOL_FOOTPRINTS * MAX_NUM_REQUESTS * float(np.mean(footprints)))
     return max(wanted, max(footprints))
 
@@ -221,8 +222,7 @@ def regime_of(
         TraceError: The trace cannot be read.
     """
     predictor = StepLatencyPredictor(load_profile(profile), mode="uncorrected")
-    vocab_size = base.engine.random_model.vocab_size
-    costs = trace_costs(dataset_path, length_scale, base.limits, vocab_size)
+    costs = trace_costs(dataset_path, length_scale, base.limits, base.engine)
     return fix_regime(predictor, costs, base, length_scale)
 
 

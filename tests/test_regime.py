@@ -18,7 +18,7 @@ from perf.regime import (
 )
 from perf.trace import read_trace
 from perf.workload import DEFAULT_TRACE
-from taper_trtllm.config import ServingConfig, load_config
+from taper_trtllm.config import EngineConfig, ServingConfig, load_config
 from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 from taper_trtllm.request import RequestLimits
@@ -47,9 +47,9 @@ def linear_profile(a=3.0, per_sequence=0.25, per_context=4e-4, per_token=0.2) ->
     )  # fmt: skip
 
 
-def cost(output=100, prefill=200, context=400, seq=320) -> ProgramCost:
+def cost(output=100, prefill=200, context=400, blocks=21) -> ProgramCost:
     return ProgramCost(
-        num_output_tokens=output, critical_tokens=output, max_seq_tokens=seq,
+        num_output_tokens=output, critical_tokens=output, footprint_blocks=blocks,
         decode_context_tokens=output * context, num_prefill_tokens=prefill,
         num_prefill_chunks=1, prefill_token_context=prefill * 100,
     )  # fmt: skip
@@ -57,7 +57,7 @@ def cost(output=100, prefill=200, context=400, seq=320) -> ProgramCost:
 
 def test_a_hand_computed_regime():
     predictor = StepLatencyPredictor(linear_profile(), mode="uncorrected")
-    regime = fix_regime(predictor, [cost(), cost(output=300, seq=624)], BASE)
+    regime = fix_regime(predictor, [cost(), cost(output=300, blocks=40)], BASE)
     assert regime.mean_output_tokens == 200 and regime.mean_context_tokens == 400
     single = 3 + 0.25 + 4e-4 * 400
     tau = TPOT_SLO_STEPS * single
@@ -67,7 +67,7 @@ def test_a_hand_computed_regime():
     assert regime.widest_step == widest
     assert regime.prefill_ms == pytest.approx(200 * 0.2, rel=0.01)
     assert regime.reference_rate == pytest.approx(1e3 / (200 * tau / widest + 40), rel=0.01)
-    mean_blocks = (21 + 40) / 2  # 320 and 624 tokens in blocks of 16, one block for the tail
+    mean_blocks = (21 + 40) / 2
     assert regime.num_kv_blocks == KV_POOL_FOOTPRINTS * MAX_NUM_REQUESTS * mean_blocks
     room_ms = 2 * tau - (3 + 16 * (0.25 + 4e-4 * 400))
     assert regime.max_prefill_tokens == int(room_ms / 0.2 / 16) * 16
@@ -75,8 +75,8 @@ def test_a_hand_computed_regime():
 
 def test_the_largest_request_fits():
     predictor = StepLatencyPredictor(linear_profile(), mode="uncorrected")
-    costs = [cost(seq=32)] * 2000 + [cost(seq=8000)]
-    assert fix_regime(predictor, costs, BASE).num_kv_blocks >= 8000 / 16
+    costs = [cost(blocks=3)] * 2000 + [cost(blocks=500)]
+    assert fix_regime(predictor, costs, BASE).num_kv_blocks >= 500
 
 
 def test_a_slower_engine_gets_looser_objectives_and_a_lower_rate():
@@ -104,5 +104,5 @@ def test_the_configuration_is_what_a_server_reads(tmp_path: Path):
 
 
 def test_every_row_of_the_shipped_trace_is_admitted():
-    costs = trace_costs(DEFAULT_TRACE, LENGTH_SCALE, RequestLimits(), 8192)
+    costs = trace_costs(DEFAULT_TRACE, LENGTH_SCALE, RequestLimits(), EngineConfig())
     assert len(costs) == len(read_trace(DEFAULT_TRACE))

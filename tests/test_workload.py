@@ -73,12 +73,12 @@ def test_costs_of_a_hand_computed_program():
         },
         {"type": "serial", "max_tokens": 1},
     ]
-    cost = program_cost(build_request(request_id="r", input_ids=[5] * 10, stages=stages))
+    cost = program_cost(build_request(request_id="r", input_ids=[5] * 10, stages=stages), 4)
     assert cost.num_output_tokens == 7 and cost.critical_tokens == 6
     assert cost.num_prefill_tokens == 10 + (1 + 2) + 3 + 1  # prompt, headers, text 1, join
     assert cost.num_prefill_chunks == 1 + 2 + 1
     assert cost.prefill_token_context == 45 + 12 + (12 + 13) + (16 + 17 + 18 + 19)
-    assert cost.max_seq_tokens == 10 + 2 + (1 + 3) + (2 + 1) + 1 + 1
+    assert cost.footprint_blocks == -(-(10 + 2 + (1 + 3) + (2 + 1) + 1 + 1) // 4) + 2 + 1
     # serial at 10, 11; branch 0 from 13; branch 1 at 14; after the join at 12 + 4 + 3 + 1
     assert cost.decode_context_tokens == (10 + 11) + (13 + 14 + 15) + 14 + 20
 
