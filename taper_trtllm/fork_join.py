@@ -80,14 +80,17 @@ class BranchNode:
 
     @property
     def num_fork_tokens(self) -> int:
-        """Context tokens that must have KV before the parallel stage forks.
+        """Context tokens that must have KV before children can share it.
 
-        All of them, unless some branch has no header: then the last token stays pending, since
-        such a branch draws its first token from that token's logits.
+        All of them, unless some child starts without a token of its own (it has no header): then
+        the last token stays pending, since such a child draws its first token from its logits.
         """
         assert isinstance(self.stage, ParallelStage)
-        has_headers = all(branch.header_ids for branch in self.stage.branches)
-        return self.num_context_tokens - (0 if has_headers else 1)
+        if self.children:
+            own = all(child.tokens for child in self.children)
+        else:
+            own = all(branch.header_ids for branch in self.stage.branches)
+        return self.num_context_tokens - (0 if own else 1)
 
 
 @dataclass(frozen=True, slots=True)

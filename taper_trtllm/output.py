@@ -50,7 +50,7 @@ class RequestMetrics:
         num_joined_tokens: Branch texts prefilled at their new position at joins.
         num_deferred_branch_steps: Ready branches left out of a step, summed over steps.
         mean_width: Branches advanced per decode step of the request.
-        slo_met: Whether TTFT, TPOT and serial TPOT met the request's objective; None without one.
+        slo_met: Whether it completed and met its objective.
     """
 
     num_prompt_tokens: int
@@ -70,7 +70,7 @@ class RequestMetrics:
     num_joined_tokens: int
     num_deferred_branch_steps: int
     mean_width: float
-    slo_met: bool | None
+    slo_met: bool
 
 
 @dataclass(frozen=True, slots=True)

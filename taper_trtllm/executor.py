@@ -1,0 +1,476 @@
+"""The loop: plan, step, observe. One request in, its streamed outputs out.
+
+`TaperExecutor.run_once` is synchronous and owns the engine; a thread (`ExecutorThread`), a
+simulator or a test drives it. `submit` and `cancel` may be called from any thread; they only leave
+a note that the next `run_once` picks up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from taper_trtllm.admission import make_policy, predictor_mode
+from taper_trtllm.batch import StepRecord
+from taper_trtllm.config import ConfigError, SchedulerConfig, ServingConfig
+from taper_trtllm.engines import create_engine
+from taper_trtllm.engines.base import Engine, EngineCapabilities, StepResult
+from taper_trtllm.kv_budget import serial_footprint_blocks
+from taper_trtllm.live_request import LiveRequest, LiveSequence, OutputCallback
+from taper_trtllm.output import BranchOutput, FinishReason, RequestOutput
+from taper_trtllm.planner import PlannedStep, StepPlanner
+from taper_trtllm.predictor import StepLatencyPredictor
+from taper_trtllm.profile import LatencyProfile, load_profile
+from taper_trtllm.request import (
+    ForkJoinRequest,
+    RequestError,
+    RequestLimits,
+    SloTarget,
+    check_request,
+)
+from taper_trtllm.slo import SlackTracker
+
+logger = logging.getLogger(__name__)
+
+
+class QueueFullError(RequestError):
+    """The waiting queue is at its limit."""
+
+
+class ExecutorClosedError(RuntimeError):
+    """The executor takes no more requests."""
+
+
+class RequestHandle:
+    """The outputs of one request, as an iterator that ends with the last one."""
+
+    def __init__(self, request_id: str) -> None:
+        self.request_id = request_id
+        self._outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
+
+    def put(self, output: RequestOutput) -> None:
+        """Called by the executor."""
+        self._outputs.put(output)
+
+    def __iter__(self) -> Iterator[RequestOutput]:
+        """Blocks until the next output; the executor must be driven by another thread."""
+        while True:
+            output = self._outputs.get()
+            yield output
+            if output.finished:
+                return
+
+
+@dataclass(frozen=True, slots=True)
+class _Submission:
+    request: ForkJoinRequest
+    on_output: OutputCallback
+    arrival_s: float
+
+
+class TaperExecutor:
+    """Runs fork-join requests on an engine under a policy.
+
+    Args:
+        engine: Owned from now on.
+        profile: Step latencies of that engine.
+        scheduler: Policy and limits of a step.
+        limits: What one request may ask for.
+        slo: Objective of requests that bring none.
+        clock: Seconds, monotonic; the engine's own by default. Must be the clock of
+            `StepResult.completed_at_s`.
+
+    Raises:
+        ConfigError: The policy is unknown or the engine cannot run the configured batch.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        profile: LatencyProfile,
+        scheduler: SchedulerConfig,
+        limits: RequestLimits,
+        slo: SloTarget,
+        clock: Callable[[], float] | None = None,
+    ) -> None:
+        if scheduler.max_batch_size > engine.capabilities.max_batch_size:
+            raise ConfigError("scheduler.max_batch_size exceeds the engine's max_batch_size")
+        self._engine = engine
+        self._scheduler = scheduler
+        self._limits = limits
+        self._slo = slo
+        self._clock = clock or engine.now_s
+        self._predictor = StepLatencyPredictor(
+            profile, scheduler.max_batch_size, predictor_mode(scheduler.policy)
+        )
+        self._policy = make_policy(scheduler.policy, scheduler, self._predictor)
+        self._planner = StepPlanner(engine, self._policy, scheduler, self._requeue)
+        self._epoch_s = time.time() - self._clock()
+        # Shared with other threads, under the lock.
+        self._lock = threading.Lock()
+        self._submissions: deque[_Submission] = deque()
+        self._cancellations: deque[str] = deque()
+        self._open: dict[str, bool] = {}  # request id -> it was started
+        self._is_closed = False
+        self._wake = threading.Event()
+        # Owned by the driving thread.
+        self._waiting: deque[LiveRequest] = deque()
+        self._running: list[LiveRequest] = []  # oldest first
+        self._families = itertools.count()
+        self._sequence_ids = itertools.count()
+        self._step = 0
+        self._previous_completion_s: float | None = None
+        self._observers: list[Callable[[StepRecord], None]] = []
+        self.records: deque[StepRecord] = deque(maxlen=scheduler.max_step_records)
+
+    @classmethod
+    def from_config(cls, config: ServingConfig) -> TaperExecutor:
+        """Builds engine, profile and policy.
+
+        Raises:
+            ConfigError: A field is missing or does not fit.
+            ProfileError: The profile is missing, malformed, or of something else.
+        """
+        if config.profile is None:
+            raise ConfigError(
+                "profile: required; write one with `python -m engine_build calibrate`"
+            )
+        profile = load_profile(config.profile)
+        engine = create_engine(config.engine)
+        profile.check_fingerprint(engine.fingerprint)
+        return cls(engine, profile, config.scheduler, config.limits, config.slo)
+
+    # ---------------------------------------------------------------------- from any thread
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """The engine's."""
+        return self._engine.capabilities
+
+    @property
+    def policy_name(self) -> str:
+        """The policy's specification."""
+        return self._policy.name
+
+    def submit(
+        self,
+        request: ForkJoinRequest,
+        on_output: OutputCallback | None = None,
+        arrival_s: float | None = None,
+    ) -> RequestHandle:
+        """Queues a request.
+
+        Args:
+            request: What to run.
+            on_output: Called with every output on the driving thread, and must not block; without
+                it, outputs are read from the handle.
+            arrival_s: Arrival on the executor's clock; now by default.
+
+        Raises:
+            RequestError: The request is out of limits or its id is in use; nothing was queued.
+            QueueFullError: The waiting queue is at its limit.
+            ExecutorClosedError: After `drain` or `shutdown`.
+        """
+        capabilities = self._engine.capabilities
+        check_request(request, self._limits, capabilities.vocab_size)
+        if self._footprint_blocks(request) > capabilities.num_kv_blocks:
+            raise RequestError("stages", "needs more KV cache than the engine has")
+        handle = RequestHandle(request.request_id)
+        arrival_s = self._clock() if arrival_s is None else arrival_s
+        with self._lock:
+            if self._is_closed:
+                raise ExecutorClosedError("the server is shutting down")
+            if request.request_id in self._open:
+                raise RequestError("request_id", f"{request.request_id!r} is already in use")
+            num_waiting = sum(not started for started in self._open.values())
+            if num_waiting >= self._limits.max_queue_length:
+                limit = self._limits.max_queue_length
+                raise QueueFullError("request", f"the queue is full ({limit} requests wait)")
+            self._open[request.request_id] = False
+            self._submissions.append(_Submission(request, on_output or handle.put, arrival_s))
+        self._wake.set()
+        return handle
+
+    def cancel(self, request_id: str) -> None:
+        """Ends a request and its whole family before the next step; unknown ids are ignored."""
+        with self._lock:
+            self._cancellations.append(request_id)
+        self._wake.set()
+
+    def is_running(self, request_id: str) -> bool | None:
+        """True once it was started, False while it is queued, None if it is not open."""
+        with self._lock:
+            return self._open.get(request_id)
+
+    @property
+    def num_open_requests(self) -> int:
+        """Requests that have not had their last output."""
+        with self._lock:
+            return len(self._open)
+
+    def add_step_observer(self, observer: Callable[[StepRecord], None]) -> None:
+        """Registers a function that the driving thread calls after every step."""
+        self._observers.append(observer)
+
+    def wait_for_work(self, timeout_s: float) -> None:
+        """Returns when something was submitted or cancelled, or after the timeout."""
+        self._wake.wait(timeout_s)
+        self._wake.clear()
+
+    # ------------------------------------------------------------------- the driving thread
+
+    def run_once(self) -> StepRecord | None:
+        """One iteration: plan, step, observe. None if there was nothing to compute."""
+        started_s = self._clock()
+        self._take_notes()
+        self._start_waiting()
+        for request in self._running:
+            request.fork_where_ready(self._engine, self._next_sequence_id, self._step)
+        planned = self._planner.plan(self._running, started_s)
+        if planned.plan.is_empty:
+            self._previous_completion_s = None
+            return None
+        planned_s = self._clock()
+        for request in self._running:
+            if request.first_scheduled_s is None:
+                request.first_scheduled_s = planned_s
+        result = self._engine.step(planned.plan)
+        self._step += 1
+        return self._observe(planned, result, started_s, planned_s)
+
+    def drain(self, timeout_s: float | None = None) -> None:
+        """Takes no more requests and runs those that are open, until done or out of time."""
+        self._close()
+        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
+        while self.num_open_requests and (deadline_s is None or time.monotonic() < deadline_s):
+            self.run_once()
+
+    def shutdown(self) -> None:
+        """Answers every open request with an error and releases the engine."""
+        self._close()
+        self.fail_all("the server is shutting down")
+        self._engine.shutdown()
+
+    def fail_all(self, message: str) -> None:
+        """Ends every open request with an error."""
+        self._take_notes()
+        for request in [*self._running, *self._waiting]:
+            self._finish(request, "error", error=message)
+
+    def _close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+
+    # --------------------------------------------------------------------- intake and start
+
+    def _take_notes(self) -> None:
+        with self._lock:
+            submissions = list(self._submissions)
+            cancellations = set(self._cancellations)
+            self._submissions.clear()
+            self._cancellations.clear()
+        for submission in submissions:
+            self._waiting.append(self._live(submission))
+        if cancellations:
+            for request in [*self._running, *self._waiting]:
+                if request.request.request_id in cancellations:
+                    self._finish(request, "cancelled")
+
+    def _live(self, submission: _Submission) -> LiveRequest:
+        request = submission.request
+        fraction = self._scheduler.kv_reserve_fraction
+        slo = request.slo or self._slo
+        return LiveRequest(
+            request,
+            family=next(self._families),
+            num_reserved_blocks=max(1, int(fraction * self._footprint_blocks(request))),
+            tracker=SlackTracker(slo, submission.arrival_s, self._scheduler.margin),
+            on_output=submission.on_output,
+            arrival_s=submission.arrival_s,
+        )
+
+    def _footprint_blocks(self, request: ForkJoinRequest) -> int:
+        return serial_footprint_blocks(
+            len(request.input_ids), request.program, self._engine.capabilities.tokens_per_block
+        )
+
+    def _start_waiting(self) -> None:
+        """Starts waiting requests, first come first served, while slots and KV allow it."""
+        if not self._waiting:
+            return
+        unreserved = self._planner.budget(self._running).num_unreserved_blocks
+        while self._waiting and len(self._running) < self._scheduler.max_num_requests:
+            request = self._waiting[0]
+            if request.num_reserved_blocks > unreserved:
+                return
+            unreserved -= request.num_reserved_blocks
+            self._waiting.popleft()
+            request.start(self._engine, self._next_sequence_id, self._step)
+            self._running.append(request)
+            self._running.sort(key=lambda r: r.family)
+            with self._lock:
+                self._open[request.request.request_id] = True
+
+    def _requeue(self, request: LiveRequest) -> None:
+        """Suspends a request; it comes back when its whole footprint can be reserved."""
+        request.suspend(self._engine)
+        request.num_reserved_blocks = self._footprint_blocks(request.request)
+        self._waiting.appendleft(request)
+
+    def _next_sequence_id(self) -> int:
+        return next(self._sequence_ids)
+
+    # ----------------------------------------------------------------------------- observe
+
+    def _observe(
+        self, planned: PlannedStep, result: StepResult, started_s: float, planned_s: float
+    ) -> StepRecord:
+        owners = {s.sequence_id: (r, s) for r in self._running for s in r.sequences()}
+        for request, num_ready, num_admitted in planned.ready:
+            request.count_decode_step(num_ready, num_admitted)
+        began_s = self._previous_completion_s
+        step_ms = (result.completed_at_s - (started_s if began_s is None else began_s)) * 1e3
+        self._previous_completion_s = result.completed_at_s
+        if len(result.decoded) == len(planned.plan.decode):
+            self._predictor.observe(
+                len(result.decoded), planned.num_context_tokens, planned.prefill, step_ms
+            )
+        self._deliver(self._advance(owners, result), result, owners)
+        record = self._record(planned, result, started_s, planned_s, step_ms)
+        self.records.append(record)
+        for observer in self._observers:
+            observer(record)
+        return record
+
+    def _advance(
+        self, owners: dict[int, tuple[LiveRequest, LiveSequence]], result: StepResult
+    ) -> dict[LiveRequest, list[BranchOutput]]:
+        outputs: dict[LiveRequest, list[BranchOutput]] = {}
+        for sequence_id, token_ids in result.tokens.items():
+            request, sequence = owners[sequence_id]
+            if not token_ids or sequence_id in result.failed:
+                continue
+            taken = request.take_tokens(
+                self._engine, sequence, token_ids, result.completed_at_s, self._step
+            )
+            outputs.setdefault(request, []).extend(taken)
+        return outputs
+
+    def _deliver(
+        self,
+        outputs: dict[LiveRequest, list[BranchOutput]],
+        result: StepResult,
+        owners: dict[int, tuple[LiveRequest, LiveSequence]],
+    ) -> None:
+        failed: dict[LiveRequest, str] = {}
+        for sequence_id, message in result.failed.items():
+            request, sequence = owners[sequence_id]
+            failed.setdefault(request, f"branch {sequence.node.path!r} failed: {message}")
+        for request, message in failed.items():
+            self._finish(request, "error", tuple(outputs.pop(request, ())), message)
+        for request, branches in outputs.items():
+            if request.state.is_finished:
+                self._finish(request, "completed", tuple(branches))
+            else:
+                self._emit(request, RequestOutput(request.request.request_id, tuple(branches)))
+
+    def _finish(
+        self,
+        request: LiveRequest,
+        reason: FinishReason,
+        branches: tuple[BranchOutput, ...] = (),
+        error: str | None = None,
+    ) -> None:
+        """Ends a request: its whole family leaves the engine, and the last output goes out."""
+        request.release(self._engine)
+        if request in self._running:
+            self._running.remove(request)
+        else:
+            self._waiting.remove(request)
+        with self._lock:
+            del self._open[request.request.request_id]
+        metrics = request.metrics(self._epoch_s)
+        self._emit(
+            request,
+            RequestOutput(request.request.request_id, branches, reason, error, metrics),
+        )
+
+    def _emit(self, request: LiveRequest, output: RequestOutput) -> None:
+        try:
+            request.on_output(output)
+        except Exception:
+            logger.exception("output callback of %r failed", output.request_id)
+            if not output.finished:
+                self.cancel(output.request_id)
+
+    def _record(
+        self,
+        planned: PlannedStep,
+        result: StepResult,
+        started_s: float,
+        planned_s: float,
+        step_ms: float,
+    ) -> StepRecord:
+        decision = planned.decision
+        budget_ms = decision.budget_ms if decision else float("inf")
+        return StepRecord(
+            iteration=result.iteration,
+            started_at_s=started_s,
+            completed_at_s=result.completed_at_s,
+            plan_ms=(planned_s - started_s) * 1e3,
+            step_ms=step_ms,
+            predicted_step_ms=decision.step_ms if decision else None,
+            predicted_baseline_ms=decision.baseline_ms if decision else None,
+            budget_ms=budget_ms if budget_ms != float("inf") else None,
+            min_slack_ms=planned.min_slack_ms,
+            num_requests=len(planned.ready),
+            num_ready=sum(num_ready for _, num_ready, _ in planned.ready),
+            num_admitted=len(result.decoded),
+            num_extras=len(result.decoded) - len(planned.ready),
+            refusals=planned.refusals,
+            num_prefill_tokens=sum(result.prefilled.values()),
+            num_queued=len(self._waiting),
+            num_free_blocks=self._engine.num_free_blocks,
+            num_preempted=planned.num_preempted,
+            is_probe=planned.is_probe,
+            policy=self._policy.name,
+        )
+
+
+class ExecutorThread:
+    """Drives an executor until it is stopped."""
+
+    _IDLE_WAIT_S = 0.05
+
+    def __init__(self, executor: TaperExecutor) -> None:
+        self._executor = executor
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="taper-executor", daemon=True)
+        self.error: BaseException | None = None
+
+    def start(self) -> None:
+        """Begins to drive."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stops driving and shuts the executor down; open requests are answered with an error."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        executor = self._executor
+        try:
+            while not self._stop.is_set():
+                if executor.run_once() is None:
+                    executor.wait_for_work(self._IDLE_WAIT_S)
+        except Exception as error:
+            logger.exception("the engine failed")
+            self.error = error
+            executor.fail_all(f"the engine failed: {error}")
+        executor.shutdown()
