@@ -214,6 +214,11 @@ class TaperExecutor:
         with self._lock:
             return len(self._open)
 
+    @property
+    def num_free_blocks(self) -> int:
+        """KV blocks that nobody holds now."""
+        return self._engine.num_free_blocks
+
     def add_step_observer(self, observer: Callable[[StepRecord], None]) -> None:
         """Registers a function that the driving thread calls after every step."""
         self._observers.append(observer)

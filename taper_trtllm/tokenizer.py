@@ -15,9 +15,8 @@ from taper_trtllm.request import (
 )
 
 _REPLACEMENT = "\ufffd"  # what an incomplete UTF-8 sequence decodes to
-# Tokens held back at most while their text is incomplete: a character spans at most four byte
-# tokens, and runs of tokens that begin inside one character and end inside the next are short.
-_MAX_HELD_TOKENS = 16
+_MAX_CHARACTER_TOKENS = 4  # a character is at most four bytes, a token at least one
+_MAX_HELD_TOKENS = 16  # more can only be bytes that are not text
 
 
 class Tokenizer(Protocol):
@@ -96,13 +95,21 @@ class IncrementalDecoder:
     def push(self, token_ids: Sequence[int], *, last: bool) -> str:
         """Adds tokens and returns the text that is complete; all that is left if `last`."""
         self._token_ids += token_ids
+        end = len(self._token_ids) if last else self._complete_end()
         sent = self._tokenizer.decode(self._token_ids[self._start : self._read])
-        text = self._tokenizer.decode(self._token_ids[self._start :])
-        num_held = len(self._token_ids) - self._read
-        if text.endswith(_REPLACEMENT) and num_held <= _MAX_HELD_TOKENS and not last:
-            return ""
-        self._start, self._read = self._read, len(self._token_ids)
+        text = self._tokenizer.decode(self._token_ids[self._start : end])
+        if end > self._read:
+            self._start, self._read = self._read, end
         return text[len(sent) :]
+
+    def _complete_end(self) -> int:
+        """Where the tokens end that do not end inside a character."""
+        end = len(self._token_ids)
+        for cut in range(end, max(self._read, end - _MAX_CHARACTER_TOKENS), -1):
+            text = self._tokenizer.decode(self._token_ids[self._start : cut])
+            if not text.endswith(_REPLACEMENT):
+                return cut
+        return end if end - self._read > _MAX_HELD_TOKENS else self._read
 
 
 def encode_text(

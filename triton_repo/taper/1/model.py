@@ -11,7 +11,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from taper_trtllm.config import load_config
-from taper_trtllm.executor import ExecutorThread, TaperExecutor
+from taper_trtllm.executor import ExecutorThread, QueueFullError, TaperExecutor
 from taper_trtllm.metrics import FAMILIES, MetricChange
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import RequestError
@@ -19,7 +19,6 @@ from taper_trtllm.response_stream import ResponseStreamer
 from taper_trtllm.tensors import INPUT_NAMES, TextDecoder, decode_request, encode_output
 from taper_trtllm.tokenizer import load_tokenizer
 
-_DRAIN_TIMEOUT_S = 2.0
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -48,6 +47,8 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._submit(request, sender)
+            except QueueFullError as error:
+                _send_error(sender, str(error), pb_utils.TritonError.UNAVAILABLE)
             except RequestError as error:
                 _send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
             except Exception as error:
@@ -56,10 +57,8 @@ class TritonPythonModel:
                 )
 
     def finalize(self) -> None:
-        """Lets running requests end for a moment; what is still open then is answered."""
-        self._executor.drain(_DRAIN_TIMEOUT_S)
+        """Called when Triton has waited for requests to end; answers those that have not."""
         self._thread.stop()
-        self._executor.shutdown()
         self._streamer.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
