@@ -114,12 +114,13 @@ def trace_costs(
         dataset_path=dataset_path,
         length_scale=length_scale,
         vocab_size=engine.random_model.vocab_size,
+        limits=limits,
     )
     rng = np.random.default_rng(0)
     costs = []
     for row in read_trace(dataset_path):
         try:
-            request = make_request(row, config, "cost", [], rng, limits).request
+            request = make_request(row, config, "cost", [], rng).request
         except RequestError:
             continue
         costs.append(program_cost(request, engine.tokens_per_block))

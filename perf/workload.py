@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +46,7 @@ class WorkloadConfig:
         length_scale: Factor on the trace's token counts.
         seed: Of rows, token ids and arrivals.
         vocab_size: Token ids are drawn from [0, vocab_size).
+        limits: Of the server; rows beyond them are dropped and counted.
         request_id_prefix: Before the running number of a request.
         input_len: Prompt tokens of synthetic requests.
         output_len: Tokens of a ``random`` request.
@@ -67,6 +68,7 @@ class WorkloadConfig:
     length_scale: float = 1.0
     seed: int = 0
     vocab_size: int = 8192
+    limits: RequestLimits = field(default_factory=RequestLimits)
     request_id_prefix: str = "bench-"
     input_len: int = 256
     output_len: int = 128
@@ -125,7 +127,7 @@ class Workload:
     dropped: dict[str, int]
 
 
-def build_workload(config: WorkloadConfig, limits: RequestLimits) -> Workload:
+def build_workload(config: WorkloadConfig) -> Workload:
     """Builds the requests of a run.
 
     Trace rows are drawn at random without replacement (again from the whole file once it is used
@@ -134,7 +136,6 @@ def build_workload(config: WorkloadConfig, limits: RequestLimits) -> Workload:
 
     Args:
         config: What to build.
-        limits: Of the server; rows beyond them are dropped and counted.
 
     Raises:
         WorkloadError: Nothing can be built from the configuration.
@@ -152,9 +153,7 @@ def build_workload(config: WorkloadConfig, limits: RequestLimits) -> Workload:
             break
         request_id = f"{config.request_id_prefix}{len(requests)}"
         try:
-            requests.append(
-                make_request(row, config, request_id, shared_prefix.tolist(), rng_ids, limits)
-            )
+            requests.append(make_request(row, config, request_id, shared_prefix.tolist(), rng_ids))
             rows_used.append(row)
         except RequestError as error:
             dropped[error.field.split("[")[0]] += 1
@@ -177,7 +176,6 @@ def make_request(
     request_id: str,
     shared_prefix: list[int],
     rng: np.random.Generator,
-    limits: RequestLimits,
 ) -> WorkloadRequest:
     """Builds one request of a trace row, due at once.
 
@@ -195,7 +193,7 @@ def make_request(
         stages=stages,
         sampling=SamplingParams(ignore_eos=True),
     )
-    check_request(request, limits, config.vocab_size)
+    check_request(request, config.limits, config.vocab_size)
     return WorkloadRequest(0.0, request, json.dumps(stages).encode(), row.family)
 
 

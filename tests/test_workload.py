@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -46,13 +47,13 @@ def test_the_shipped_trace_replays_with_exact_lengths():
     rows = read_trace(DEFAULT_TRACE)
     assert len(rows) == 6000 and {r.family for r in rows} > {"plain", "tot_bfs_wide"}
     config = WorkloadConfig(num_prompts=300, length_scale=0.25, seed=3)
-    for item in build_workload(config, LIMITS).requests:
+    for item in build_workload(config).requests:
         check_request(item.request, LIMITS, config.vocab_size)
         assert build_request(**item.request.model_dump()) == item.request
         assert item.request.sampling.ignore_eos
         assert len(json.loads(item.stages_json)) == len(item.request.stages)
     unscaled = build_workload(
-        WorkloadConfig(num_prompts=200), RequestLimits(max_prompt_tokens=8000)
+        WorkloadConfig(num_prompts=200, limits=RequestLimits(max_prompt_tokens=8000))
     ).requests
     counts = {(len(r.request.input_ids), max_new_tokens(r.request.stages)) for r in unscaled}
     with DEFAULT_TRACE.open() as file:
@@ -101,7 +102,7 @@ def test_trace_arrivals_keep_their_shape():
 def test_equal_seeds_give_equal_workloads():
     def build(**changes):
         return build_workload(
-            WorkloadConfig(num_prompts=40, request_rate=3, length_scale=0.25, **changes), LIMITS
+            WorkloadConfig(num_prompts=40, request_rate=3, length_scale=0.25, **changes)
         )
 
     assert build(seed=1) == build(seed=1)
@@ -114,11 +115,11 @@ def test_equal_seeds_give_equal_workloads():
 def test_rows_over_the_limits_are_dropped_and_counted(tmp_path):
     trace = _write(tmp_path / "t.csv", "prompt_tokens,output_tokens\n5000,3\n10,2\n20,9000\n30,4\n")
     config = WorkloadConfig(dataset_path=trace, num_prompts=2)
-    workload = build_workload(config, LIMITS)
+    workload = build_workload(config)
     assert {len(r.request.input_ids) for r in workload.requests} == {10, 30}
     assert set(workload.dropped) <= {"input_ids", "stages"}
     with pytest.raises(WorkloadError, match="num_prompts"):
-        build_workload(config, RequestLimits(max_prompt_tokens=5))
+        build_workload(replace(config, limits=RequestLimits(max_prompt_tokens=5)))
 
 
 def test_synthetic_fork_join_and_random():
@@ -126,12 +127,12 @@ def test_synthetic_fork_join_and_random():
         dataset_name="fork-join", num_prompts=50, num_branches=3, fork_fraction=0.5,
         shared_prefix_len=16,
     )  # fmt: skip
-    requests = [r.request for r in build_workload(config, LIMITS).requests]
+    requests = [r.request for r in build_workload(config).requests]
     depths = [fork_depth(r.program) for r in requests]
     assert 10 < sum(depths) < 40
     assert len({r.input_ids[:16] for r in requests}) == 1
     assert len({r.input_ids[16:] for r in requests}) == 50
-    plain = build_workload(WorkloadConfig(dataset_name="random", num_prompts=2), LIMITS)
+    plain = build_workload(WorkloadConfig(dataset_name="random", num_prompts=2))
     assert max_new_tokens(plain.requests[0].request.program) == 128
 
 
