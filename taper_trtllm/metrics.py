@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from taper_trtllm.batch import RefusalReason, StepRecord
 from taper_trtllm.output import FinishReason, RequestMetrics
@@ -84,7 +84,7 @@ class MetricChange:
 
 
 _REASONS = ("reason", tuple(reason.value for reason in RefusalReason))
-_FINISH_REASONS = ("finish_reason", get_args(FinishReason))
+_FINISH_REASONS = ("finish_reason", ("completed", "cancelled", "error"))
 
 FAMILIES: tuple[MetricFamily, ...] = (
     MetricFamily(REQUESTS, "counter", "Ended requests", label=_FINISH_REASONS),

@@ -223,12 +223,14 @@ def build_request(**fields: Any) -> ForkJoinRequest:
     """
     try:
         request = ForkJoinRequest.model_validate(fields)
+        if not request.stages and request.max_tokens is None:
+            raise RequestError("max_tokens", "required when stages is not given")
+        # Here, before anything else walks the program: a hostile one nests hundreds deep.
+        _limit("stages", fork_depth(request.program), MAX_DEPTH, "nested parallel stages")
     except RecursionError:
         raise RequestError("stages", f"nested deeper than {MAX_DEPTH}") from None
     except ValidationError as error:
         raise _first_error(error) from None
-    if not request.stages and request.max_tokens is None:
-        raise RequestError("max_tokens", "required when stages is not given")
     return request
 
 

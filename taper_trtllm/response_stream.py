@@ -105,7 +105,7 @@ class ResponseStreamer:
         self._wake = threading.Event()
         self._closing = False
         # Sender thread only.
-        self._open: dict[str, _Stream] = {}
+        self._open: set[_Stream] = set()  # not by id: an ended request's id may be used again
         self._polls: list[tuple[float, int, _Stream]] = []
         self._poll_order = itertools.count()
         self._state_due_s = 0.0
@@ -154,7 +154,7 @@ class ResponseStreamer:
                 self._log_error(f"response sender: {traceback.format_exc()}")
             time.sleep(max(0.0, _MIN_PASS_S - (time.monotonic() - started_s)))
         self._run_pass(time.monotonic())
-        for stream in list(self._open.values()):
+        for stream in list(self._open):
             self._send(
                 stream,
                 RequestOutput(
@@ -178,7 +178,7 @@ class ResponseStreamer:
     def _adopt_opened(self, now_s: float) -> None:
         while self._opened:
             stream = self._opened.popleft()
-            self._open[stream.request_id] = stream
+            self._open.add(stream)
             stream.polled_at_s = now_s
             self._schedule_poll(stream, now_s)
 
@@ -197,7 +197,7 @@ class ResponseStreamer:
             self._cancel(stream)
         if output.finish_reason is not None:
             stream.closed = True
-            self._open.pop(stream.request_id, None)
+            self._open.discard(stream)
             self._metrics.record_request(output.finish_reason, output.metrics)
             if stream.cancelled_at_s is not None:
                 self._metrics.record_cancel(time.monotonic() - stream.cancelled_at_s)
@@ -229,7 +229,7 @@ class ResponseStreamer:
             self._metrics.record_step(self._steps.popleft())
         if now_s >= self._state_due_s:
             self._state_due_s = now_s + _STATE_INTERVAL_S
-            running = [self._executor.is_running(request_id) for request_id in self._open]
+            running = [self._executor.is_running(stream.request_id) for stream in self._open]
             self._metrics.set_state(
                 running.count(True), running.count(False), self._executor.num_free_blocks
             )

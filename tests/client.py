@@ -65,7 +65,7 @@ class Answer:
             if reason:
                 self.branch_finish_reasons[key] = reason.decode()
         texts = result.as_numpy("text_output")
-        for key, text in zip(keys if texts is not None else [], texts or [], strict=True):
+        for key, text in zip(keys, texts, strict=True) if texts is not None else ():
             self.texts[key] = self.texts.get(key, "") + text.decode()
         if result.get_output("finish_reason") is not None:
             self.finish_reason = result.as_numpy("finish_reason")[0].decode()
