@@ -6,7 +6,10 @@ attention reads it: gathering is then nearly free.
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +21,22 @@ from taper_trtllm.engines.step_batch import AttentionGroup, Segment, StepBatch, 
 # Gathered bytes of a group: what stays in a CPU core's cache; elsewhere, what keeps a GPU busy.
 _GROUP_BYTES = {"cpu": 2 << 20}
 _DEFAULT_GROUP_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _PlacedGroup:
+    """A group and its views of the workspace, which are the same for all layers.
+
+    Attributes:
+        gathered: [blocks, tokens_per_block, 2, kv heads, head_dim].
+        keys: [n, kv heads, context, head_dim].
+        values: The same.
+    """
+
+    group: AttentionGroup
+    gathered: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
 
 
 class PagedAttention:
@@ -46,10 +65,8 @@ class PagedAttention:
         self._num_heads, self._head_dim = config.num_attention_heads, config.head_dim
         self._num_kv_heads = config.num_key_value_heads
         block = (tokens_per_block, 2, self._num_kv_heads, self._head_dim)
-        # Zeroed: what attention masks must still be finite.
-        self._pool = torch.zeros(
-            (config.num_hidden_layers, num_blocks + 1, *block), dtype=dtype, device=device
-        )
+        shape = (config.num_hidden_layers, num_blocks + 1, *block)
+        self._pool = _zeros_in_huge_pages(shape, dtype, device)
         self._layers = list(self._pool.unbind())
         self._layer_slots = [layer.flatten(0, 1).flatten(1, 2) for layer in self._layers]
         token_bytes = self._pool[0, 0, 0].nbytes
@@ -72,30 +89,64 @@ class PagedAttention:
 
     def begin_step(self, segments: Sequence[Segment]) -> StepBatch:
         """Lays out the step that the next `attend` calls work on."""
-        self._batch = self._builder.build(segments)
-        return self._batch
+        batch = self._builder.build(segments)
+        self._slots = batch.slots
+        self._groups = [self._place(group) for group in batch.groups]
+        return batch
+
+    def _place(self, group: AttentionGroup) -> _PlacedGroup:
+        gathered = self._workspace[: len(group.block_ids)]
+        by_segment = gathered.view(group.num_segments, -1, *gathered.shape[2:])
+        keys, values = by_segment[:, : group.context].transpose(1, 3).unbind(2)
+        return _PlacedGroup(group, gathered, keys, values)
 
     def attend(self, layer: int, queries: torch.Tensor, keys_values: torch.Tensor) -> torch.Tensor:
         """Writes the new KV, then attends; shapes as in `qwen3.Attention`."""
-        self._layer_slots[layer].index_copy_(0, self._batch.slots, keys_values)
-        output = torch.empty(queries.shape, dtype=queries.dtype, device=queries.device)
-        for group in self._batch.groups:
-            self._attend_group(layer, group, queries[group.rows], output[group.rows])
-        return output.flatten(1)
+        self._layer_slots[layer].index_copy_(0, self._slots, keys_values)
+        # The query heads that share a KV head become rows of one query: no KV head is repeated.
+        split = queries.view(len(queries), self._num_kv_heads, -1, self._head_dim)
+        return torch.cat([self._attend_group(layer, placed, split) for placed in self._groups])
 
     def _attend_group(
-        self, layer: int, group: AttentionGroup, queries: torch.Tensor, output: torch.Tensor
-    ) -> None:
-        n, heads, head_dim = group.num_segments, self._num_kv_heads, self._head_dim
-        gathered = self._workspace[: len(group.block_ids)]
-        torch.index_select(self._layers[layer], 0, group.block_ids, out=gathered)
-        keys_values = gathered.view(n, -1, 2, heads, head_dim)[:, : group.context]
-        keys, values = keys_values.transpose(1, 3).unbind(2)  # [n, heads, context, head_dim]
-        # The query heads that share a KV head become rows of one query: no KV head is repeated.
-        split = (n, group.num_queries, heads, -1, head_dim)
-        merged = (n, heads, -1, head_dim)
+        self, layer: int, placed: _PlacedGroup, queries: torch.Tensor
+    ) -> torch.Tensor:
+        """[rows of the group, heads x head_dim]."""
+        group = placed.group
+        torch.index_select(self._layers[layer], 0, group.block_ids, out=placed.gathered)
+        rows = queries[group.rows]
+        if group.num_queries > 1:
+            rows = _merge_queries(rows, group.num_segments)
         attended = F.scaled_dot_product_attention(
-            queries.view(split).transpose(1, 2).reshape(merged), keys, values, attn_mask=group.mask
+            rows, placed.keys, placed.values, attn_mask=group.mask
         )
-        by_query = (n, heads, group.num_queries, -1, head_dim)
-        output.view(split).copy_(attended.reshape(by_query).transpose(1, 2))
+        if group.num_queries > 1:
+            attended = _split_queries(attended, group.num_queries)
+        return attended.flatten(1)
+
+
+def _zeros_in_huge_pages(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Zeros, because what attention masks must still be finite.
+
+    On a CPU the memory asks for huge pages: blocks are read in no order, and with small pages every
+    read begins with misses of the address translation (a tenth of the attention's time).
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
+    memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _merge_queries(rows: torch.Tensor, num_segments: int) -> torch.Tensor:
+    """[n x queries, heads, shared, d] to [n, heads, queries x shared, d]."""
+    return rows.view(num_segments, -1, *rows.shape[1:]).transpose(1, 2).flatten(2, 3)
+
+
+def _split_queries(attended: torch.Tensor, num_queries: int) -> torch.Tensor:
+    """The inverse of `_merge_queries`."""
+    n, heads, _, head_dim = attended.shape
+    by_query = attended.reshape(n, heads, num_queries, -1, head_dim)
+    return by_query.transpose(1, 2).flatten(0, 1)

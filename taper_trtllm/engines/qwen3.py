@@ -161,7 +161,6 @@ class Qwen3Model:
         self._head = self._embedding if tied else load("lm_head.weight")
         self._cos, self._sin = _rotary_tables(config, max_seq_len, dtype, device)
 
-    @torch.inference_mode()
     def forward(
         self, token_ids: torch.Tensor, positions: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
@@ -187,7 +186,6 @@ class Qwen3Model:
             hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
         return hidden
 
-    @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, vocab] next-token logits in float32 of n rows of `forward`'s result."""
         return F.linear(self._rms_norm(hidden, self._norm), self._head).float()

@@ -6,6 +6,7 @@ consecutive rows. Decode is the segment of one token; chunks and decode make one
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from taper_trtllm.engines.kv_cache import PADDING_BLOCK, BlockTable
+from taper_trtllm.engines.kv_cache import PADDING_BLOCK
 
 # Queries of a segment. Bounds the mask, and how much of a chunk attends to its own future in vain.
 _MAX_QUERIES = 64
@@ -21,38 +22,36 @@ _MAX_QUERIES = 64
 _PADDING_SHARE = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: hundreds are made in every step
 class Segment:
     """Consecutive tokens of one sequence, computed together.
 
     Attributes:
         sequence_id: The sequence.
         token_ids: The tokens.
-        table: KV of the sequence, with room for the tokens.
-        end: Position after the last token: the context that it sees.
+        block_ids: Block table of the sequence, with room for the tokens.
+        start: Position of the first token.
+        end: Position after the last one: the context that it sees.
         sample: The last token's logits are needed.
     """
 
     sequence_id: int
     token_ids: list[int]
-    table: BlockTable
+    block_ids: array[int]
+    start: int
     end: int
     sample: bool
 
-    @property
-    def num_queries(self) -> int:
-        """Number of tokens."""
-        return len(self.token_ids)
-
 
 def split_chunk(
-    sequence_id: int, token_ids: list[int], table: BlockTable, start: int, sample: bool
+    sequence_id: int, token_ids: list[int], block_ids: array[int], start: int, sample: bool
 ) -> Iterator[Segment]:
     """Cuts the tokens from position `start` on into segments; `sample` is for the last token."""
-    for first in range(0, len(token_ids), _MAX_QUERIES):
-        part = token_ids[first : first + _MAX_QUERIES]
-        is_last = first + len(part) == len(token_ids)
-        yield Segment(sequence_id, part, table, start + first + len(part), sample and is_last)
+    end = start + len(token_ids)
+    for first in range(start, end, _MAX_QUERIES):
+        stop = min(first + _MAX_QUERIES, end)
+        part = token_ids[first - start : stop - start]
+        yield Segment(sequence_id, part, block_ids, first, stop, sample and stop == end)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,27 +122,31 @@ class StepBatchBuilder:
         self._tokens_per_block = tokens_per_block
         self._workspace_tokens = workspace_tokens
         self._queries_per_kv_head = queries_per_kv_head
-        self._dtype = dtype
         self._device = device
+        self._zero = torch.zeros((), dtype=dtype, device=device)
+        self._minus_infinity = self._zero - torch.inf
         self._columns = torch.arange(max_seq_len, device=device)
 
     def build(self, segments: Sequence[Segment]) -> StepBatch:
         """Orders, groups and lays out the segments of a step; at least one."""
-        ordered = sorted(segments, key=lambda s: (s.num_queries, -s.end))
-        groups, positions, slots = [], [], []
-        row = 0
+        ordered = sorted(segments, key=lambda s: (s.end - s.start, -s.end))
+        groups, first_row = [], 0
         for members in self._cut(ordered):
-            group, group_positions, group_slots = self._build_group(members, row)
-            groups.append(group)
-            positions.append(group_positions)
-            slots.append(group_slots)
-            row = group.rows.stop
-        last_rows = np.cumsum([s.num_queries for s in ordered]) - 1
+            groups.append(self._build_group(members, first_row))
+            first_row = groups[-1].rows.stop
+        last_rows = np.cumsum([s.end - s.start for s in ordered]) - 1
         sampled = [i for i, s in enumerate(ordered) if s.sample]
+        size = self._tokens_per_block
         return StepBatch(
-            token_ids=self._tensor(np.array([t for s in ordered for t in s.token_ids])),
-            positions=self._tensor(np.concatenate(positions)),
-            slots=self._tensor(np.concatenate(slots)),
+            token_ids=self._tensor([token for s in ordered for token in s.token_ids]),
+            positions=self._tensor([p for s in ordered for p in range(s.start, s.end)]),
+            slots=self._tensor(
+                [
+                    s.block_ids[p // size] * size + p % size
+                    for s in ordered
+                    for p in range(s.start, s.end)
+                ]
+            ),
             groups=tuple(groups),
             sampled_rows=self._tensor(last_rows[sampled]),
             sampled_ids=[ordered[i].sequence_id for i in sampled],
@@ -151,57 +154,52 @@ class StepBatchBuilder:
 
     def _cut(self, ordered: Sequence[Segment]) -> Iterator[Sequence[Segment]]:
         """Cuts where the workspace is full, or where padding would cost more than a group."""
-        first = padding = 0
+        first = padding = capacity = num_queries = longest = 0
+        max_padding = self._workspace_tokens // _PADDING_SHARE
         for i, segment in enumerate(ordered):
-            longest = ordered[first]
-            padding += (longest.end - segment.end) * segment.num_queries
-            if i > first and (
-                segment.num_queries != longest.num_queries
-                or (i + 1 - first) * self._padded(longest.end) > self._workspace_tokens
-                or padding * _PADDING_SHARE > self._workspace_tokens
+            padding += (longest - segment.end) * num_queries
+            if (
+                i - first >= capacity
+                or padding > max_padding
+                or segment.end - segment.start != num_queries
             ):
-                yield ordered[first:i]
+                if i:
+                    yield ordered[first:i]
                 first, padding = i, 0
+                num_queries, longest = segment.end - segment.start, segment.end
+                capacity = max(1, self._workspace_tokens // self._padded(longest))
         yield ordered[first:]
 
-    def _build_group(
-        self, members: Sequence[Segment], first_row: int
-    ) -> tuple[AttentionGroup, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """The group, and positions and slots of its tokens."""
-        n, num_queries, context = len(members), members[0].num_queries, members[0].end
+    def _build_group(self, members: Sequence[Segment], first_row: int) -> AttentionGroup:
+        n, context = len(members), members[0].end
+        num_queries = context - members[0].start
         num_blocks = self._padded(context) // self._tokens_per_block
         block_ids = np.full((n, num_blocks), PADDING_BLOCK, dtype=np.int32)
         for i, segment in enumerate(members):
-            ids = segment.table.block_ids[:num_blocks]
+            ids = segment.block_ids[:num_blocks]
             block_ids[i, : len(ids)] = ids
-        ends = np.array([segment.end for segment in members])[:, None]
-        positions = ends + np.arange(-num_queries, 0)
-        blocks, offsets = np.divmod(positions, self._tokens_per_block)
-        slots = np.take_along_axis(block_ids, blocks, axis=1) * self._tokens_per_block + offsets
-        group = AttentionGroup(
+        return AttentionGroup(
             rows=slice(first_row, first_row + n * num_queries),
             num_segments=n,
             num_queries=num_queries,
             context=context,
             block_ids=self._tensor(block_ids.ravel()),
-            mask=self._mask(positions, context),
+            mask=self._mask(members),
         )
-        return group, positions.ravel(), slots.ravel()
 
-    def _mask(self, positions: npt.NDArray[np.int64], context: int) -> torch.Tensor | None:
+    def _mask(self, members: Sequence[Segment]) -> torch.Tensor | None:
         """Hides what comes after each query, padding included."""
-        num_queries = positions.shape[1]
-        if num_queries == 1 and positions.min() == context - 1:
+        num_queries, context = members[0].end - members[0].start, members[0].end
+        if num_queries == 1 and members[-1].end == context:
             return None
-        limits = positions
+        limits = np.array([[segment.start] for segment in members])
         if num_queries > 1:
-            limits = positions.repeat(self._queries_per_kv_head, axis=1)
+            limits = limits + np.arange(num_queries).repeat(self._queries_per_kv_head)
         hidden = self._columns[:context] > self._tensor(limits)[:, None, :, None]
-        mask = torch.zeros(hidden.shape, dtype=self._dtype, device=self._device)
-        return mask.masked_fill_(hidden, -torch.inf)
+        return torch.where(hidden, self._minus_infinity, self._zero)
 
     def _padded(self, num_tokens: int) -> int:
         return -(-num_tokens // self._tokens_per_block) * self._tokens_per_block
 
-    def _tensor(self, values: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> torch.Tensor:
-        return torch.from_numpy(values).to(self._device)
+    def _tensor(self, values: npt.ArrayLike) -> torch.Tensor:
+        return torch.from_numpy(np.asarray(values)).to(self._device)

@@ -280,6 +280,7 @@ class TorchEngine:
             if chunk.sample and len(sequence.tokens) >= self._config.max_seq_len:
                 raise ValueError(f"{name}: has reached max_seq_len")
 
+    @torch.inference_mode()
     def _run(self, segments: Sequence[Segment]) -> dict[SequenceId, int]:
         """Computes the segments; returns the drawn tokens."""
         batch = self._attention.begin_step(segments)
@@ -313,7 +314,7 @@ class TorchEngine:
 
 def _segments(chunk: PrefillChunk, sequence: _Sequence, start: int) -> Iterator[Segment]:
     token_ids = sequence.tokens[start : start + chunk.num_tokens]
-    return split_chunk(chunk.sequence_id, token_ids, sequence.table, start, chunk.sample)
+    return split_chunk(chunk.sequence_id, token_ids, sequence.table.block_ids, start, chunk.sample)
 
 
 def _fingerprint(
