@@ -234,10 +234,7 @@ class TaperExecutor:
         """One iteration: plan, step, observe. None if there was nothing to compute."""
         started_s = self._clock()
         self._take_notes()
-        self._start_waiting()
-        for request in self._running:
-            request.fork_where_ready(self._engine, self._next_sequence_id, self._step)
-        planned = self._planner.plan(self._running, started_s)
+        planned = self._plan(started_s)
         if planned.plan.is_empty:
             self._previous_completion_s = None
             return None
@@ -248,6 +245,16 @@ class TaperExecutor:
         result = self._engine.step(planned.plan)
         self._step += 1
         return self._observe(planned, result, started_s, planned_s)
+
+    def _plan(self, now_s: float) -> PlannedStep:
+        while True:
+            self._start_waiting()
+            for request in self._running:
+                request.fork_where_ready(self._engine, self._next_sequence_id, self._step)
+            planned = self._planner.plan(self._running, now_s)
+            if not planned.plan.is_empty or not planned.num_preempted:
+                return planned
+            # All that could run was suspended; it comes back with a full reservation.
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Takes no more requests and runs those that are open, until done or out of time."""

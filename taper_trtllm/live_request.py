@@ -193,22 +193,28 @@ class LiveRequest:
         return ready
 
     def prefill_needs(self, engine: Engine, max_width: int | None) -> list[PrefillNeed]:
-        """What must be computed before branches can decode or fork, in program order."""
-        needs = []
-        for node in [*self._unforked, *self.state.leaves[:max_width]]:
-            sequence = self._sequences.get(node)
-            if sequence is None:
-                continue
-            if node.status is BranchStatus.DECODING:
-                pending = self._num_pending(engine, sequence)
-                if pending > 1:
-                    needs.append(PrefillNeed(sequence, pending, sample=True))
-            else:
-                computed = engine.num_computed_tokens(sequence.sequence_id)
-                if computed < node.num_fork_tokens:
-                    missing = node.num_fork_tokens - computed
-                    needs.append(PrefillNeed(sequence, missing, sample=False))
-        return needs
+        """What must be computed before branches can decode or fork, in program order.
+
+        The order is stable over steps: whoever protects the first need sees it through.
+        """
+        needs: dict[BranchNode, PrefillNeed] = {}
+        for leaf in self.state.leaves[:max_width]:
+            node = leaf
+            while node not in self._sequences:  # dropped: its parent must be forked again first
+                assert node.parent is not None
+                node = node.parent
+            need = self._need(engine, node)
+            if need is not None:
+                needs[node] = need
+        return list(needs.values())
+
+    def _need(self, engine: Engine, node: BranchNode) -> PrefillNeed | None:
+        sequence = self._sequences[node]
+        if node.status is BranchStatus.DECODING:
+            pending = self._num_pending(engine, sequence)
+            return PrefillNeed(sequence, pending, sample=True) if pending > 1 else None
+        missing = node.num_fork_tokens - engine.num_computed_tokens(sequence.sequence_id)
+        return PrefillNeed(sequence, missing, sample=False) if missing > 0 else None
 
     @staticmethod
     def _num_pending(engine: Engine, sequence: LiveSequence) -> int:
@@ -306,6 +312,7 @@ class LiveRequest:
 
     def _join(self, engine: Engine, event: JoinEvent, now_s: float) -> None:
         if self.state.is_finished and event.node is self.state.root:
+            self._forget(engine, event.first_child)
             return  # nothing follows the join: nothing is computed for it
         parent = self._sequences[event.node]
         if event.node in self._unforked:
