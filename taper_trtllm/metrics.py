@@ -45,6 +45,7 @@ SLACK_BUDGET = "taper_slack_budget_seconds"
 ACTIVE_FAMILIES = "taper_active_families"
 QUEUED_REQUESTS = "taper_queued_requests"
 KV_FREE_BLOCKS = "taper_kv_free_blocks"
+KV_MIN_FREE_BLOCKS = "taper_kv_min_free_blocks"
 
 MetricKind = Literal["counter", "gauge", "histogram"]
 
@@ -118,6 +119,7 @@ FAMILIES: tuple[MetricFamily, ...] = (
     MetricFamily(ACTIVE_FAMILIES, "gauge", "Requests started and not ended"),
     MetricFamily(QUEUED_REQUESTS, "gauge", "Requests waiting to be started"),
     MetricFamily(KV_FREE_BLOCKS, "gauge", "Free KV blocks"),
+    MetricFamily(KV_MIN_FREE_BLOCKS, "gauge", "Fewest free KV blocks after any iteration"),
 )
 
 
@@ -151,6 +153,9 @@ class ServingMetrics:
             self._observe(PREDICTION_ERROR, error)
         if record.budget_ms is not None:
             self._gauges[SLACK_BUDGET] = record.budget_ms / 1e3
+        self._gauges[KV_MIN_FREE_BLOCKS] = min(
+            record.num_free_blocks, self._gauges.get(KV_MIN_FREE_BLOCKS, record.num_free_blocks)
+        )
         self._add_externality(record)
 
     def record_request(self, finish_reason: FinishReason, metrics: RequestMetrics | None) -> None:
