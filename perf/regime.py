@@ -50,10 +50,12 @@ class Regime:
             leaf each, stays within kappa tau, the longest step that the controller itself allows.
         num_kv_blocks: KV pool: `KV_POOL_FOOTPRINTS` mean worst-case footprints per slot, and at
             least the largest request.
-        widest_step: w*, the largest width with T(w, w x mean context) <= tau.
-        prefill_ms: Time that the prefill of a mean request adds to steps of width w*.
-        reference_rate: R0 in requests per second, where 1 / R0 = mean output tokens x tau / w* +
-            prefill time: decoding at tau, always at full width, with the prefill's share off.
+        prefill_ms: Time that the prefill of a mean request adds to the steps it is part of.
+        widest_step: w*, the largest width with T(w, w x mean context) + w x prefill time / mean
+            output tokens <= tau. In a steady state every token brings its share of its request's
+            prefill with it; the sum is then the time between two tokens of a sequence.
+        reference_rate: R0 = w* / (tau x mean output tokens), in requests per second: what the
+            engine sustains if every step is w* wide and takes tau, its prefill included.
     """
 
     length_scale: float
@@ -67,8 +69,8 @@ class Regime:
     max_num_requests: int
     max_prefill_tokens: int
     num_kv_blocks: int
-    widest_step: int
     prefill_ms: float
+    widest_step: int
     reference_rate: float
 
     def serving_config(self, base: ServingConfig, policy: str, profile: Path) -> ServingConfig:
@@ -101,8 +103,8 @@ class Regime:
             f"= {self.tpot_slo_ms:.1f} ms;  Y = {TTFT_SLO_TPOTS} tau = {self.ttft_slo_ms:.0f} ms",
             f"{self.max_num_requests} slots, {self.num_kv_blocks} KV blocks, "
             f"{self.max_prefill_tokens} prefill tokens per step",
-            f"w* = {self.widest_step} sequences within tau, {self.prefill_ms:.1f} ms of prefill "
-            f"per request;  R0 = {self.reference_rate:.2f} requests/s",
+            f"prefill {self.prefill_ms:.0f} ms per request;  w* = {self.widest_step} sequences "
+            f"within tau;  R0 = {self.reference_rate:.2f} requests/s",
         ]
 
 
@@ -150,10 +152,9 @@ def fix_regime(
     )
     single_ms = predictor.predict_step_ms(1, round(context))
     tau_ms = TPOT_SLO_STEPS * single_ms
-    widest = _widest_step(predictor, context, tau_ms, base.scheduler.max_batch_size)
-    in_step = round(widest * context)
-    prefill_ms = predictor.predict_step_ms(widest, in_step, prefill) - predictor.predict_step_ms(
-        widest, in_step
+    prefill_ms = predictor.predict_step_ms(1, round(context), prefill) - single_ms
+    widest = _widest_step(
+        predictor, context, prefill_ms / output, tau_ms, base.scheduler.max_batch_size
     )
     return Regime(
         length_scale=length_scale,
@@ -169,19 +170,24 @@ def fix_regime(
             predictor, context, prefill, base.scheduler.kappa * tau_ms, base.engine
         ),
         num_kv_blocks=_kv_pool(costs),
-        widest_step=widest,
         prefill_ms=prefill_ms,
-        reference_rate=1e3 / (output * tau_ms / widest + prefill_ms),
+        widest_step=widest,
+        reference_rate=1e3 * widest / (tau_ms * output),
     )
 
 
 def _widest_step(
-    predictor: StepLatencyPredictor, context: float, tau_ms: float, max_width: int
+    predictor: StepLatencyPredictor,
+    context: float,
+    prefill_ms_per_token: float,
+    tau_ms: float,
+    max_width: int,
 ) -> int:
     widths = np.arange(1, max_width + 1)
     total = np.rint(widths * context).astype(np.int64)
-    within = predictor.predict_steps_ms(widths, total, PrefillLoad()) <= tau_ms
-    return int(widths[within].max())  # T need not be monotone; width 1 is always within
+    decode_ms = predictor.predict_steps_ms(widths, total, PrefillLoad())
+    within = decode_ms + widths * prefill_ms_per_token <= tau_ms
+    return int(widths[within].max(initial=1))  # T need not be monotone
 
 
 def _chunk_budget(

@@ -63,10 +63,11 @@ def test_a_hand_computed_regime():
     tau = TPOT_SLO_STEPS * single
     assert regime.tpot_slo_ms == pytest.approx(tau)
     assert regime.ttft_slo_ms == pytest.approx(TTFT_SLO_TPOTS * tau)
-    widest = int((tau - 3) / (0.25 + 4e-4 * 400))
-    assert regime.widest_step == widest
     assert regime.prefill_ms == pytest.approx(200 * 0.2, rel=0.01)
-    assert regime.reference_rate == pytest.approx(1e3 / (200 * tau / widest + 40), rel=0.01)
+    per_sequence = 0.25 + 4e-4 * 400 + 40 / 200  # its token, its context, its share of prefill
+    widest = int((tau - 3) / per_sequence)
+    assert regime.widest_step == widest
+    assert regime.reference_rate == pytest.approx(1e3 * widest / (tau * 200))
     mean_blocks = (21 + 40) / 2
     assert regime.num_kv_blocks == KV_POOL_FOOTPRINTS * MAX_NUM_REQUESTS * mean_blocks
     room_ms = 2 * tau - (3 + 16 * (0.25 + 4e-4 * 400))
