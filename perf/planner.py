@@ -1,7 +1,8 @@
 """How long one admission decision takes: ``python -m perf.planner``.
 
 Every policy decides random batches of fork-join requests; P50 and P99 of one `admit` are printed
-against the bars below.
+against the bars below. P99 of the thread's CPU time stands beside them: where it is much smaller,
+other processes had the processor.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from taper_trtllm.admission import AdmissionPolicy, make_policy, predictor_mode
-from taper_trtllm.batch import BatchState, PrefillLoad
+from taper_trtllm.batch import BatchState, FloatArray, PrefillLoad
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
@@ -53,17 +54,21 @@ def random_batch(num_sequences: int, rng: np.random.Generator) -> BatchState:
     )
 
 
-def admit_times_ms(policy: AdmissionPolicy, batches: list[BatchState], repeats: int) -> list[float]:
-    """Duration of every `admit`, in milliseconds, after one unmeasured round."""
+def admit_times_ms(
+    policy: AdmissionPolicy, batches: list[BatchState], repeats: int
+) -> tuple[FloatArray, FloatArray]:
+    """Duration of every `admit` in wall and in CPU milliseconds, after one unmeasured round."""
     for batch in batches:
         policy.admit(batch)
-    times_ms = []
+    times_ns = []
     for _ in range(repeats):
         for batch in batches:
-            start = time.perf_counter_ns()
+            start_ns, start_cpu_ns = time.perf_counter_ns(), time.thread_time_ns()
             policy.admit(batch)
-            times_ms.append((time.perf_counter_ns() - start) / 1e6)
-    return times_ms
+            end_cpu_ns, end_ns = time.thread_time_ns(), time.perf_counter_ns()
+            times_ns.append((end_ns - start_ns, end_cpu_ns - start_cpu_ns))
+    wall_ms, cpu_ms = np.array(times_ns, dtype=np.float64).T / 1e6
+    return wall_ms, cpu_ms
 
 
 def synthetic_profile() -> LatencyProfile:
@@ -92,7 +97,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     table = Table(title="One admission decision (ms)")
-    for column in ("policy", "sequences", "P50", "P99", "bar"):
+    for column in ("policy", "sequences", "P50", "P99", "P99 CPU", "bar"):
         table.add_column(column, justify="left" if column == "policy" else "right")
     all_met = True
     for num_sequences, bar_ms in P99_BAR_MS.items():
@@ -104,14 +109,12 @@ def main() -> int:
             )
             policy = make_policy(spec, SchedulerConfig(), predictor)
             gc.collect()
-            p50, p99 = np.percentile(
-                admit_times_ms(policy, batches, arguments.repeats), [50, 99]
-            ).tolist()
+            wall_ms, cpu_ms = admit_times_ms(policy, batches, arguments.repeats)
+            p50, p99 = np.percentile(wall_ms, [50, 99]).tolist()
             all_met &= p99 <= bar_ms
+            figures = (f"{ms:.3f}" for ms in (p50, p99, float(np.percentile(cpu_ms, 99))))
             style = None if p99 <= bar_ms else "red"
-            table.add_row(
-                spec, str(num_sequences), f"{p50:.3f}", f"{p99:.3f}", f"{bar_ms}", style=style
-            )
+            table.add_row(spec, str(num_sequences), *figures, f"{bar_ms}", style=style)
     Console().print(table)
     return 0 if all_met else 1
 
