@@ -1,0 +1,27 @@
+"""`python -m engine_build`: prepare an engine for serving."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from engine_build import calibrate
+from taper_trtllm.config import ConfigError
+from taper_trtllm.profile import ProfileError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a sub-command; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="engine_build", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    calibrate.add_parser(commands)
+    arguments = parser.parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except (ConfigError, ProfileError) as error:
+        print(f"engine_build {arguments.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

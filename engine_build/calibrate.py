@@ -1,0 +1,322 @@
+"""Measures the step latencies of an engine, through the `Engine` interface alone.
+
+Decode steps over a grid of widths and context lengths, steps with prefill of several sizes, then a
+check of the fitted predictor on random batches of mixed lengths that were not fitted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from taper_trtllm import __version__
+from taper_trtllm.config import ServingConfig, load_config
+from taper_trtllm.engines import create_engine
+from taper_trtllm.engines.base import Engine, PrefillChunk, SequenceParams, StepPlan
+from taper_trtllm.predictor import StepLatencyPredictor
+from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
+from taper_trtllm.request import SamplingParams
+
+_PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which steps are measured.
+
+    Attributes:
+        widths: Decode widths; those that the engine or its KV pool cannot hold are left out.
+        contexts: Context tokens of every sequence.
+        prefill_tokens: Chunk sizes.
+        prefill_contexts: Computed tokens before a chunk.
+        repetitions: Measurements of each point; the median counts.
+        num_checks: Random batches of the final check.
+    """
+
+    widths: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prefill_tokens: tuple[int, ...] = (4, 32, 128)
+    prefill_contexts: tuple[int, ...] = (0, 512)
+    repetitions: int = 7
+    num_checks: int = 24
+
+
+QUICK = Grid((1, 2, 4, 8, 16, 24, 32, 48, 64, 96), (32, 128, 384, 768), repetitions=5)
+FULL = Grid(
+    (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512),
+    tuple(int(c) for c in np.unique(np.geomspace(32, 8192, 25).round())),
+    repetitions=9,
+    num_checks=100,
+)
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """How well the fitted predictor does on batches it was not fitted on.
+
+    Attributes:
+        mape: Mean absolute error of T, as a fraction of T.
+        externality_error: Mean absolute error of T(S) - T(S0) over the mean of |T(S) - T(S0)|.
+        num_checks: Batches.
+    """
+
+    mape: float
+    externality_error: float
+    num_checks: int
+
+
+@dataclass
+class Calibrator:
+    """Measures one engine.
+
+    Attributes:
+        engine: Measured; left without sequences.
+        grid: Which steps.
+        advance: Called after every measured repetition, for progress.
+    """
+
+    engine: Engine
+    grid: Grid
+    advance: Callable[[], None] = lambda: None
+    _ids: Iterator[int] = field(default_factory=itertools.count)
+    _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+
+    def measure(self, provenance: dict[str, str]) -> tuple[LatencyProfile, FitReport]:
+        """Runs the whole grid."""
+        decode = tuple(self._measure_decode())
+        profile = LatencyProfile(
+            fingerprint=dict(self.engine.fingerprint),
+            provenance=provenance,
+            width_buckets=self.engine.capabilities.width_buckets,
+            decode=decode,
+            prefill=tuple(self._measure_prefill()),
+        )
+        return profile, self._check(profile)
+
+    @property
+    def num_repetitions(self) -> int:
+        """Repetitions of `measure`, for a progress bar."""
+        num_points = len(self._levels()) + 2 * len(self._prefill_cases())
+        return self.grid.repetitions * num_points + self.grid.num_checks
+
+    # ---- decode
+
+    def _levels(self) -> list[tuple[int, list[int]]]:
+        """Contexts with the widths that fit at each."""
+        capabilities = self.engine.capabilities
+        levels = []
+        for context in self.grid.contexts:
+            most = min(capabilities.max_batch_size, self._most_sequences(context))
+            widths = [w for w in self.grid.widths if w <= most]
+            if context + self._num_steps_per_level() < capabilities.max_seq_len and widths:
+                levels.append((context, widths))
+        return levels
+
+    def _most_sequences(self, context: int) -> int:
+        capabilities = self.engine.capabilities
+        tokens = context + self._num_steps_per_level()
+        return capabilities.num_kv_blocks // -(-tokens // capabilities.tokens_per_block)
+
+    def _num_steps_per_level(self) -> int:
+        return len(self.grid.widths) * (self.grid.repetitions + 1) + 1
+
+    def _measure_decode(self) -> Iterator[DecodePoint]:
+        for context, widths in self._levels():
+            sequences = self._make_sequences([context] * widths[-1])
+            samples: dict[int, list[tuple[float, float]]] = {w: [] for w in widths}
+            for repetition in range(self.grid.repetitions + 1):
+                for width in self._rng.permutation(widths):
+                    # A random subset, so that sequences stay about equally long.
+                    chosen = self._rng.permutation(sequences)[:width]
+                    total = sum(self.engine.num_tokens(int(s)) for s in chosen)
+                    step_ms = self._decode(chosen)
+                    if repetition:  # the first one warms up
+                        samples[int(width)].append((step_ms, total / width))
+                if repetition:
+                    self.advance()
+            for width in widths:
+                step_ms, mean_context = np.median(np.array(samples[width]), axis=0)
+                yield DecodePoint(
+                    width=width, context_tokens=round(mean_context), step_ms=float(step_ms)
+                )
+            self._release(sequences)
+
+    def _decode(self, sequences: Sequence[int]) -> float:
+        ids = tuple(int(s) for s in sequences)
+        return self.engine.step(StepPlan(decode=ids, max_new_tokens=(1,) * len(ids))).step_ms
+
+    # ---- prefill
+
+    def _measure_prefill(self) -> Iterator[PrefillPoint]:
+        width = min(8, self.engine.capabilities.max_batch_size - 4)
+        decoding = self._make_sequences([128] * width)
+        base = self._make_sequences([max(self.grid.prefill_contexts) + 1])[0]
+        cases = itertools.product((0, width), self._prefill_cases())
+        for beside, (context, num_tokens, num_chunks) in cases:
+            samples = []
+            for repetition in range(self.grid.repetitions + 1):
+                step_ms = self._prefill(decoding[:beside], base, context, num_tokens, num_chunks)
+                if repetition:
+                    samples.append(step_ms)
+                    self.advance()
+            tokens = num_chunks * num_tokens
+            yield PrefillPoint(
+                width=beside,
+                context_tokens=self._mean_context(decoding[:beside]),
+                num_chunks=num_chunks,
+                num_tokens=tokens,
+                token_context=tokens * (context + num_tokens / 2),
+                step_ms=float(np.median(samples)),
+            )
+        self._release([*decoding, base])
+
+    def _prefill_cases(self) -> list[tuple[int, int, int]]:
+        """(context, tokens of a chunk, chunks); several chunks only of small ones."""
+        sizes = self.grid.prefill_tokens
+        return [
+            (context, num_tokens, num_chunks)
+            for context in self.grid.prefill_contexts
+            for num_tokens in sizes
+            for num_chunks in (1, 4)
+            if num_chunks == 1 or num_tokens < max(sizes)
+        ]
+
+    def _mean_context(self, sequences: Sequence[int]) -> int:
+        if not sequences:
+            return 0
+        return round(sum(self.engine.num_tokens(s) for s in sequences) / len(sequences))
+
+    def _prefill(
+        self, decoding: Sequence[int], base: int, context: int, num_tokens: int, num_chunks: int
+    ) -> float:
+        """Chunks of fresh tokens on a context shared from `base`, beside decoding sequences."""
+        chunks = []
+        for _ in range(num_chunks):
+            child = next(self._ids)
+            remaining = self.engine.num_tokens(base) - context
+            suffix = self._random_ids(max(1, num_tokens - remaining + 1))
+            self.engine.fork_sequence(base, child, context, suffix, self._params())
+            chunks.append(PrefillChunk(child, num_tokens, sample=False))
+        plan = StepPlan(tuple(decoding), (1,) * len(decoding), tuple(chunks))
+        step_ms = self.engine.step(plan).step_ms
+        self._release([c.sequence_id for c in chunks])
+        return step_ms
+
+    # ---- check
+
+    def _check(self, profile: LatencyProfile) -> FitReport:
+        """Random batches of mixed lengths: a narrow one, and a wider one that contains it."""
+        predictor = StepLatencyPredictor(profile, self.engine.capabilities.max_batch_size)
+        longest = self.grid.contexts[min(2, len(self.grid.contexts) - 1)]
+        most = min(64, self.engine.capabilities.max_batch_size, self._most_sequences(longest))
+        contexts = self._rng.integers(min(self.grid.contexts), longest, size=most)
+        sequences = self._make_sequences([int(c) for c in contexts])
+        errors, gaps, externalities = [], [], []
+        for _ in range(self.grid.num_checks):
+            order = self._rng.permutation(sequences)
+            narrow, wide = np.sort(self._rng.integers(1, most + 1, size=2))
+            measured, predicted = [], []
+            for width in (narrow, wide):
+                samples = []
+                for _ in range(3):
+                    total = sum(self.engine.num_tokens(int(s)) for s in order[:width])
+                    samples.append(self._decode(order[:width]))
+                measured.append(float(np.median(samples)))
+                predicted.append(predictor.predict_step_ms(int(width), total))
+            errors.append(abs(predicted[1] - measured[1]) / measured[1])
+            externality = measured[1] - measured[0]
+            externalities.append(abs(externality))
+            gaps.append(abs(predicted[1] - predicted[0] - externality))
+            self.advance()
+        self._release(sequences)
+        externality_error = float(np.sum(gaps) / max(np.sum(externalities), 1e-9))
+        return FitReport(float(np.mean(errors)), externality_error, self.grid.num_checks)
+
+    # ---- sequences
+
+    def _params(self) -> SequenceParams:
+        return SequenceParams(SamplingParams(ignore_eos=True), seed=0)
+
+    def _random_ids(self, num: int) -> list[int]:
+        ids: list[int] = self._rng.integers(0, self.engine.capabilities.vocab_size, num).tolist()
+        return ids
+
+    def _make_sequences(self, contexts: Sequence[int]) -> list[int]:
+        """Sequences of random tokens, prefilled so that they decode next."""
+        sequences = []
+        for context in contexts:
+            sequence = next(self._ids)
+            ids = self._random_ids(max(context - 1, 1))
+            self.engine.add_sequence(sequence, sequence, ids, self._params())
+            sequences.append(sequence)
+            for start in range(0, len(ids), _PREFILL_CHUNK):
+                num = min(_PREFILL_CHUNK, len(ids) - start)
+                last = start + num == len(ids)
+                self.engine.step(StepPlan(prefill=(PrefillChunk(sequence, num, last),)))
+        return sequences
+
+    def _release(self, sequences: Sequence[int]) -> None:
+        for sequence in sequences:
+            self.engine.release_sequence(sequence)
+
+
+def add_parser(commands: Any) -> None:
+    """Adds the `calibrate` sub-command."""
+    parser = commands.add_parser(
+        "calibrate",
+        help="measure an engine's step latencies and write the profile that serving needs",
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, help="serving configuration; its engine is measured")
+    parser.add_argument("--output", type=Path, default=Path("profile.json"))
+    parser.add_argument(
+        "--full", action="store_true", help="the 20x25 grid instead of the quick one (minutes)"
+    )
+    parser.add_argument("--repetitions", type=int, help="measurements of each point")
+    parser.set_defaults(run=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config = load_config(arguments.config) if arguments.config else ServingConfig()
+    grid = FULL if arguments.full else QUICK
+    if arguments.repetitions is not None:
+        grid = Grid(**{**vars(grid), "repetitions": max(1, arguments.repetitions)})
+    console = Console(stderr=True)
+    engine = create_engine(config.engine)
+    columns = (TextColumn("calibrating {task.fields[engine]}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        calibrator = Calibrator(engine, grid)
+        task = progress.add_task(
+            "", total=calibrator.num_repetitions, engine=engine.capabilities.name
+        )
+        calibrator.advance = lambda: progress.advance(task)
+        profile, report = calibrator.measure(
+            {
+                "tool": f"taper_trtllm {__version__} engine_build calibrate",
+                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "repetitions": str(grid.repetitions),
+            }
+        )
+    engine.shutdown()
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    profile.save(arguments.output)
+    predictor = StepLatencyPredictor(profile)
+    for width in (1, 8, 32):
+        step_ms = predictor.predict_step_ms(width, width * 256)
+        console.print(f"T({width} sequences x 256 tokens) = {step_ms:.2f} ms")
+    console.print(
+        f"on {report.num_checks} random batches: MAPE {report.mape:.1%}, "
+        f"externality error {report.externality_error:.1%}"
+    )
+    console.print(f"wrote {arguments.output}")
+    return 0
