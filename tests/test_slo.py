@@ -79,4 +79,4 @@ def test_verdict_by_each_condition():
     for i in range(4):
         stretched.record_tokens(10.5 + 0.1 * i, 1, serial=True)
     assert not stretched.is_met(4)  # 800 ms for four critical tokens of 100 ms
-    assert stretched.is_met(8)
+    assert stretched.is_met(9)
