@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from taper_trtllm.admission import make_policy, predictor_mode
 from taper_trtllm.batch import StepRecord
@@ -35,6 +36,7 @@ from taper_trtllm.request import (
     check_request,
 )
 from taper_trtllm.slo import SlackTracker
+from taper_trtllm.step_trace import StepLog
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +129,7 @@ class TaperExecutor:
         self._step = 0
         self._previous_completion_s: float | None = None
         self._observers: list[Callable[[StepRecord], None]] = []
+        self._step_log: StepLog | None = None
         self.records: deque[StepRecord] = deque(maxlen=scheduler.max_step_records)
 
     @classmethod
@@ -144,7 +147,10 @@ class TaperExecutor:
         profile = load_profile(config.profile)
         engine = create_engine(config.engine)
         profile.check_fingerprint(engine.fingerprint)
-        return cls(engine, profile, config.scheduler, config.limits, config.slo)
+        executor = cls(engine, profile, config.scheduler, config.limits, config.slo)
+        if config.step_log is not None:
+            executor.keep_step_log(config.step_log)
+        return executor
 
     # ---------------------------------------------------------------------- from any thread
 
@@ -223,6 +229,11 @@ class TaperExecutor:
         """Registers a function that the driving thread calls after every step."""
         self._observers.append(observer)
 
+    def keep_step_log(self, path: str | Path) -> None:
+        """Writes every step from now on to a JSONL file, until `shutdown`."""
+        self._step_log = StepLog(path)
+        self.add_step_observer(self._step_log.write)
+
     def wait_for_work(self, timeout_s: float) -> None:
         """Returns when something was submitted or cancelled, or after the timeout."""
         self._wake.wait(timeout_s)
@@ -268,6 +279,8 @@ class TaperExecutor:
         self._close()
         self.fail_all("the server is shutting down")
         self._engine.shutdown()
+        if self._step_log is not None:
+            self._step_log.close()
 
     def fail_all(self, message: str) -> None:
         """Ends every open request with an error."""

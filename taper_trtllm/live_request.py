@@ -179,10 +179,10 @@ class LiveRequest:
         digest = hashlib.blake2b(seed, digest_size=8).digest()
         return SequenceParams(self.request.sampling, int.from_bytes(digest, "little") >> 1)
 
-    def ready_sequences(self, engine: Engine, max_width: int | None) -> list[LiveSequence]:
+    def ready_sequences(self, engine: Engine) -> list[LiveSequence]:
         """Leaves that decode in their next step, in program order."""
         ready = []
-        for leaf in self.state.leaves[:max_width]:
+        for leaf in self.state.leaves:
             sequence = self._sequences.get(leaf)
             if (
                 sequence is not None

@@ -97,7 +97,7 @@ class StepPlanner:
         return self._admit(ready, budget, chunks, prefill, now_s)
 
     def _ready(self, running: Sequence[LiveRequest]) -> _Ready:
-        return {r: r.ready_sequences(self._engine, self._policy.max_width) for r in running}
+        return {r: r.ready_sequences(self._engine) for r in running}
 
     # -------------------------------------------------------------------------- protection
 

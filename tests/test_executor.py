@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 
 import pytest
@@ -30,6 +31,7 @@ from taper_trtllm.request import (
     SerialStage,
     SloTarget,
 )
+from taper_trtllm.step_trace import chrome_trace
 
 SPECS = [p.replace(":N", ":2").replace(":F", ":0.9") for p in POLICIES]
 PROFILE = toy_profile()
@@ -245,7 +247,7 @@ def test_no_ready_leaf_starves(drawn, policy, tau):
 
     def note(running, now_s):
         for request in running:
-            n = len(request.ready_sequences(engine, None))
+            n = len(request.ready_sequences(engine))
             most_ready[request.request.request_id] = max(
                 n, most_ready.get(request.request.request_id, 0)
             )
@@ -404,3 +406,17 @@ def test_a_thread_streams_to_handles():
     reasons = [list(handle)[-1].finish_reason for handle in handles]
     thread.stop()
     assert reasons == ["completed"] * 8
+
+
+def test_the_step_log_tells_why_and_becomes_a_chrome_trace(tmp_path):
+    executor = make_executor(ToyEngine(), "fixed-cap:2")
+    executor.keep_step_log(tmp_path / "steps.jsonl")
+    executor.submit(fan_out("a", 4, header=0), Collector())
+    executor.drain()
+    executor.shutdown()
+    steps = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert len(steps) == len(executor.records)
+    assert ["a", "1.2", "cap"] in [refusal for step in steps for refusal in step["refusals"]]
+    events = chrome_trace(steps)["traceEvents"]
+    slices = [e for e in events if e["ph"] == "X" and e["name"] != "plan"]
+    assert len(slices) == len(steps) and all(e["dur"] >= 0 for e in slices)
