@@ -300,7 +300,9 @@ def _parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Serves until interrupted; the exit status is 1 if the server cannot start or dies."""
     arguments = _parse_arguments()
-    signal.signal(signal.SIGTERM, _interrupt)
+    # SIGINT too: a shell that starts a job in the background makes it ignore that signal.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _interrupt)
     try:
         if arguments.config is not None and not arguments.config.is_file():
             raise TritonServerError(f"--config: no such file: {arguments.config}")
