@@ -36,9 +36,9 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--config", type=Path, help="the server's configuration, for its limits and vocabulary"
     )
-    group.add_argument("--max-concurrency", type=_positive_int, help="requests in flight at most")
+    group.add_argument("--max-concurrency", type=positive_int, help="requests in flight at most")
     group.add_argument(
-        "--stream-timeout", type=_positive, default=300.0, metavar="S",
+        "--stream-timeout", type=positive, default=300.0, metavar="S",
         help="a request fails after so many seconds (%(default)s)",
     )  # fmt: skip
     group.add_argument(
@@ -50,19 +50,19 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
 def _add_workload(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dataset-name", choices=("fork-join", "random", "trace"), default="trace")
     group.add_argument("--dataset-path", type=Path, default=DEFAULT_TRACE, help="CSV trace")
-    group.add_argument("--length-scale", type=_positive, default=1.0, help="on token counts")
-    group.add_argument("--num-prompts", type=_positive_int, default=1000, help="%(default)s")
+    group.add_argument("--length-scale", type=positive, default=1.0, help="on token counts")
+    group.add_argument("--num-prompts", type=positive_int, default=1000, help="%(default)s")
     group.add_argument(
-        "--request-rate", type=_positive, default=float("inf"), help="requests/s (all at once)"
+        "--request-rate", type=positive, default=float("inf"), help="requests/s (all at once)"
     )
     group.add_argument(
-        "--burstiness", type=_positive, default=1.0, help="gamma shape of gaps; 1 is Poisson"
+        "--burstiness", type=positive, default=1.0, help="gamma shape of gaps; 1 is Poisson"
     )
     group.add_argument(
         "--arrivals", choices=("gamma", "trace"), default="gamma",
         help="drawn, or the trace's own stretched to the rate (%(default)s)",
     )  # fmt: skip
-    group.add_argument("--num-warmups", type=int, default=0, help="unmeasured requests before")
+    group.add_argument("--num-warmups", type=_count, default=0, help="unmeasured requests before")
     group.add_argument("--seed", type=int, default=0, help="%(default)s")
     group.add_argument("--request-id-prefix", default="bench-", help="%(default)s")
 
@@ -70,23 +70,23 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
 def _add_synthetic(group: argparse._ArgumentGroup) -> None:
     defaults = WorkloadConfig()
     for flag, kind, text in (
-        ("input-len", _positive_int, "prompt tokens"),
-        ("output-len", _positive_int, "tokens of a `random` request"),
-        ("num-branches", _positive_int, "fan-out"),
-        ("branch-len", _positive_int, "mean tokens of a branch"),
-        ("branch-len-cv", float, "coefficient of variation of branch lengths"),
-        ("serial-len", _positive_int, "tokens before the fork, and after the join"),
+        ("input-len", positive_int, "prompt tokens"),
+        ("output-len", positive_int, "tokens of a `random` request"),
+        ("num-branches", positive_int, "fan-out"),
+        ("branch-len", positive_int, "mean tokens of a branch"),
+        ("branch-len-cv", _at_least_0, "coefficient of variation of branch lengths"),
+        ("serial-len", positive_int, "tokens before the fork, and after the join"),
         ("fork-fraction", _share, "share of `fork-join` requests that fork"),
-        ("shared-prefix-len", int, "first prompt tokens common to all requests"),
+        ("shared-prefix-len", _count, "first prompt tokens common to all requests"),
     ):
         default = getattr(defaults, flag.replace("-", "_"))
         group.add_argument(f"--{flag}", type=kind, default=default, help=f"{text} (%(default)s)")
 
 
 def _add_scoring(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--slo-ttft-ms", type=_positive, help="TTFT objective sent with requests")
-    group.add_argument("--slo-tpot-ms", type=_positive, help="TPOT objective sent with requests")
-    group.add_argument("--slo-stretch", type=_positive, help="stretch objective sent with requests")
+    group.add_argument("--slo-ttft-ms", type=positive, help="TTFT objective sent with requests")
+    group.add_argument("--slo-tpot-ms", type=positive, help="TPOT objective sent with requests")
+    group.add_argument("--slo-stretch", type=positive, help="stretch objective sent with requests")
     group.add_argument(
         "--goodput", nargs="+", type=_goodput_item, default=None, metavar="NAME:VALUE",
         help="bounds a good request keeps: ttft:MS tpot:MS e2el:MS stretch:FACTOR; tpot also "
@@ -184,17 +184,30 @@ def score_of(arguments: argparse.Namespace) -> SloScore:
 # ------------------------------------------------------------------------------- argument types
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
+    """An argument above 0."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be positive (got {text})")
     return value
 
 
-def _positive_int(text: str) -> int:
+def positive_int(text: str) -> int:
+    """An argument of at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1 (got {text})")
+    return value
+
+
+def _count(text: str) -> int:
+    return int(_at_least_0(text))
+
+
+def _at_least_0(text: str) -> float:
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0 (got {text})")
     return value
 
 
@@ -211,7 +224,7 @@ def _goodput_item(text: str) -> tuple[str, float]:
         raise argparse.ArgumentTypeError(
             f"expected NAME:VALUE with a name of {', '.join(_GOODPUT_NAMES)} (got {text!r})"
         )
-    return name, _positive(value)
+    return name, positive(value)
 
 
 def _key_value(text: str) -> tuple[str, str]:

@@ -25,7 +25,8 @@ from tritonclient.grpc import aio as grpcclient
 
 from perf.bench_arguments import bench_parser, client_config, score_of, workload_config
 from perf.grpc_client import ClientConfig, ServerUnavailableError, check_server, send_workload
-from perf.metrics import RequestRecord, SloScore
+from perf.latency import RequestRecord
+from perf.metrics import SloScore
 from perf.result import (
     SCHEMA_VERSION,
     banner,

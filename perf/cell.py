@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perf.bench_serving import BenchConfig, run_benchmark
 from perf.grpc_client import ClientConfig
-from perf.metrics import RequestRecord, SloScore
+from perf.latency import RequestRecord
+from perf.metrics import SloScore
 from perf.regime import Regime, write_config
 from perf.workload import DEFAULT_TRACE, WorkloadConfig, build_workload
+from taper_trtllm.admission import make_policy
 from taper_trtllm.config import ServingConfig
+from taper_trtllm.predictor import StepLatencyPredictor
+from taper_trtllm.profile import load_profile
 from taper_trtllm.triton_server import TritonServer
 
 _NUM_WARMUPS = 8
@@ -40,6 +45,17 @@ class Experiment:
     def score(self) -> SloScore:
         """How requests are scored: by the objectives that the server holds them to."""
         return SloScore(ttft_ms=self.regime.ttft_slo_ms, tpot_ms=self.regime.tpot_slo_ms)
+
+
+def check_policies(policies: Sequence[str], experiment: Experiment) -> None:
+    """Refuses an unknown policy before hours of measurement.
+
+    Raises:
+        ConfigError: Names the policy and lists those that exist.
+    """
+    predictor = StepLatencyPredictor(load_profile(experiment.profile))
+    for policy in policies:
+        make_policy(policy, experiment.base.scheduler, predictor)
 
 
 def run_cell(

@@ -20,7 +20,7 @@ from tritonclient.grpc import InferInput, InferResult
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
 
-from perf.metrics import RequestRecord, TokenEvent
+from perf.latency import RequestRecord, TokenEvent
 from perf.program import critical_tokens
 from perf.workload import WorkloadRequest
 

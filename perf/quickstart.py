@@ -13,7 +13,8 @@ from typing import Any
 
 from rich.console import Console
 
-from perf.cell import Experiment, run_cell
+from perf.bench_arguments import positive, positive_int
+from perf.cell import Experiment, check_policies, run_cell
 from perf.grpc_client import ServerUnavailableError
 from perf.plots import plot_comparison
 from perf.regime import regime_of
@@ -41,11 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         help=f"policies to run, repeatable (default: {','.join(POLICIES)})",
     )  # fmt: skip
     parser.add_argument(
-        "--request-rate", type=float, metavar="R",
+        "--request-rate", type=positive, metavar="R",
         help=f"requests per second (default: {LOAD:g} of the reference rate of the regime)",
     )  # fmt: skip
     parser.add_argument(
-        "--num-prompts", type=int, metavar="N",
+        "--num-prompts", type=positive_int, metavar="N",
         help=f"requests per policy (default: {ARRIVALS_S:g} s of arrivals)",
     )  # fmt: skip
     parser.add_argument(
@@ -65,12 +66,13 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     rate = arguments.request_rate or LOAD * regime.reference_rate
     num_prompts = arguments.num_prompts or round(ARRIVALS_S * rate)
     for line in regime.lines():
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     console.print(
         f"{num_prompts} requests at {rate:.2f} requests/s ({rate / regime.reference_rate:.2f} R0)"
     )
     experiment = Experiment(regime, base, arguments.profile)
     policies = [policy for group in arguments.policy or [POLICIES] for policy in group]
+    check_policies(policies, experiment)
     results: dict[str, dict[str, Any]] = {}
     for policy in policies:
         console.rule(policy)
@@ -80,7 +82,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     console.print(comparison_table(results, f"{num_prompts} requests at {rate:.2f} requests/s"))
     plot = arguments.output_dir / "quickstart.png"
     plot_comparison(results, regime.tpot_slo_ms, plot)
-    console.print(f"results: {arguments.output_dir}/<policy>.json, plot: {plot}")
+    console.print(f"results: {arguments.output_dir}/<policy>.json, plot: {plot}", soft_wrap=True)
 
 
 def main() -> int:

@@ -12,13 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from perf.latency import RequestRecord, measure
 from perf.metrics import (
-    RequestRecord,
     SloScore,
     describe,
     goodput,
     group_figures,
-    measure,
     scored,
     victims,
 )

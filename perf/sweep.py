@@ -22,7 +22,8 @@ from typing import Any
 
 from rich.console import Console
 
-from perf.cell import Experiment, run_cell
+from perf.bench_arguments import positive, positive_int
+from perf.cell import Experiment, check_policies, run_cell
 from perf.grpc_client import ServerUnavailableError
 from perf.plots import plot_sweep
 from perf.regime import LENGTH_SCALE, Regime, regime_of
@@ -75,17 +76,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--policies", type=_names, default=POLICIES, help="comma list")
     parser.add_argument("--loads", type=_numbers, default=LOADS, help="multiples of R0, comma list")
-    parser.add_argument("--repetitions", type=int, default=3, help="%(default)s")
+    parser.add_argument("--repetitions", type=positive_int, default=3, help="%(default)s")
     length = parser.add_mutually_exclusive_group()
-    length.add_argument("--duration-s", type=float, default=60.0, help="of arrivals (%(default)s)")
-    length.add_argument("--num-prompts", type=int, help="per cell, instead of a duration")
+    length.add_argument(
+        "--duration-s", type=positive, default=60.0, help="of arrivals (%(default)s)"
+    )
+    length.add_argument("--num-prompts", type=positive_int, help="per cell, instead of a duration")
     parser.add_argument("--output-dir", type=Path, default=Path("results/sweep"))
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--profile", type=Path, help="latency profile to start from")
     source.add_argument("--calibrate", action="store_true", help="measure the profile first")
     parser.add_argument("--config", type=Path, help="base serving configuration (YAML)")
     parser.add_argument("--dataset-path", type=Path, default=DEFAULT_TRACE, help="trace (CSV)")
-    parser.add_argument("--length-scale", type=float, default=LENGTH_SCALE, help="%(default)s")
+    parser.add_argument("--length-scale", type=positive, default=LENGTH_SCALE, help="%(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of the first repetition")
     return parser
 
@@ -95,7 +98,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _numbers(text: str) -> tuple[float, ...]:
-    return tuple(float(part) for part in text.split(","))
+    return tuple(positive(part) for part in text.split(","))
 
 
 def prepare(arguments: argparse.Namespace) -> Experiment:
@@ -167,6 +170,7 @@ def run_sweep(arguments: argparse.Namespace, experiment: Experiment, console: Co
             f"{cell.policy}: {result['token_goodput']:.0f} tok/s, attainment "
             f"{result['slo_attainment']:.1%}; about {left_min:.0f} min left",
             highlight=False,
+            soft_wrap=True,
         )
     return load_cells(directory, cells)
 
@@ -185,8 +189,9 @@ def main() -> int:
     console = Console()
     try:
         experiment = prepare(arguments)
+        check_policies(arguments.policies, experiment)
         for line in experiment.regime.lines():
-            console.print(line, highlight=False)
+            console.print(line, highlight=False, soft_wrap=True)
         cells = run_sweep(arguments, experiment, console)
     except (
         ConfigError, ProfileError, ServerUnavailableError, SweepError, TraceError,
@@ -200,7 +205,7 @@ def main() -> int:
     output: Path = arguments.output_dir
     save_json({"regime": asdict(experiment.regime), **summary}, output / "summary.json")
     plot_sweep(cells, experiment.regime.tpot_slo_ms, output / "sweep.png")
-    console.print(f"results: {output}/summary.json, plot: {output}/sweep.png")
+    console.print(f"results: {output}/summary.json, plot: {output}/sweep.png", soft_wrap=True)
     return 0
 
 

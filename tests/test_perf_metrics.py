@@ -6,15 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perf.latency import RequestRecord, TokenEvent, measure
 from perf.metrics import (
-    RequestRecord,
     SloScore,
-    TokenEvent,
     attainment,
     describe,
     goodput,
     group_figures,
-    measure,
     scored,
     victims,
 )
