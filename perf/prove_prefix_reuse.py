@@ -18,7 +18,7 @@ from typing import Any
 
 from perf.server_metrics import MetricsPage, scrape
 from taper_trtllm import metrics as names
-from taper_trtllm.config import ServingConfig, load_config
+from taper_trtllm.config import ConfigError, ServingConfig, load_config
 from taper_trtllm.triton_server import DEFAULT_MODEL_REPOSITORY, TritonServer, TritonServerError
 
 _HEADER_LEN = 4
@@ -219,7 +219,7 @@ def main() -> int:
     )
     try:
         return 0 if prove(workload, arguments.config) else 1
-    except TritonServerError as error:
+    except (ConfigError, TritonServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

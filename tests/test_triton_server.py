@@ -19,6 +19,7 @@ from client import Answer, Transcript, generate, infer, tensor, tensors, transcr
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 
+from perf.prove_prefix_reuse import Workload, prove
 from perf.server_metrics import MetricsPage, scrape
 from taper_trtllm import metrics as names
 from taper_trtllm.config import ServingConfig
@@ -397,6 +398,12 @@ def test_every_metric_family_is_on_the_page(server: TritonServer) -> None:
         assert family.name + suffix in samples
     for _, labels, _ in page.samples:
         assert (labels["model"], labels["version"], labels["policy"]) == ("taper", "1", "taper")
+
+
+def test_forks_are_proved_to_reuse_their_prefix(serving_config_path: Path) -> None:
+    """On a server of its own: the proof reads the high-water mark of the KV pool."""
+    headers = [[1 + b, 2, 3, 4] for b in range(6)]
+    assert prove(Workload(prompt=PROMPT * 3, headers=headers, max_tokens=20), serving_config_path)
 
 
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
