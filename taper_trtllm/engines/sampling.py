@@ -30,7 +30,7 @@ def draw_tokens(
     Returns:
         [rows] token ids.
     """
-    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    tokens = _argmax(logits)
     rows = [i for i, p in enumerate(params) if p.sampling.temperature >= _GREEDY_BELOW_TEMPERATURE]
     if rows:
         chosen = [params[i] for i in rows]
@@ -38,8 +38,16 @@ def draw_tokens(
         scores = _filter(scaled, chosen) + _gumbel_noise(
             scaled, [_mix(p.seed, positions[i]) for i, p in zip(rows, chosen, strict=True)]
         )
-        for row, token in zip(rows, scores.argmax(dim=-1).tolist(), strict=True):
+        for row, token in zip(rows, _argmax(scores), strict=True):
             tokens[row] = token
+    return tokens
+
+
+def _argmax(scores: torch.Tensor) -> list[int]:
+    if scores.device.type == "cpu":
+        tokens: list[int] = scores.numpy().argmax(axis=-1).tolist()  # torch's is 8 times slower
+    else:
+        tokens = scores.argmax(dim=-1).tolist()
     return tokens
 
 
