@@ -24,6 +24,7 @@ from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 P99_BAR_MS = {512: 0.2, 4096: 1.5}
 POLICIES = ("irp-off", "irp-eager", "fixed-cap:2", "step-ceiling:0.9", "taper", "taper:efficiency")
 _MEAN_LEAVES = 4  # ready leaves per request
+_TOKENS_PER_BLOCK = 16
 
 
 def random_batch(num_sequences: int, rng: np.random.Generator) -> BatchState:
@@ -38,17 +39,18 @@ def random_batch(num_sequences: int, rng: np.random.Generator) -> BatchState:
     request_index = np.sort(np.concatenate([np.arange(num_requests), extra]))
     tpot_slo_ms = rng.choice([30.0, 50.0, 100.0], size=num_requests)
     return BatchState(
+        first_leaf=np.searchsorted(request_index, np.arange(num_requests)),
         request_index=request_index,
         context_tokens=rng.integers(100, 4000, size=num_sequences),
         num_generated=rng.integers(0, 300, size=num_sequences),
         last_advanced=rng.integers(0, 50, size=num_sequences),
-        blocks_needed=rng.integers(0, 2, size=num_sequences),
+        blocks_needed=(rng.random(num_sequences) < 1 / _TOKENS_PER_BLOCK).astype(np.int64),
         slack_ms=tpot_slo_ms * rng.uniform(0.5, 20.0, size=num_requests),
         tpot_slo_ms=tpot_slo_ms,
         savable=rng.random(num_requests) < 0.95,
         stage_width=np.zeros(num_requests, dtype=np.int64),
         kv_headroom_blocks=rng.integers(0, 4, size=num_requests),
-        num_unreserved_blocks=int(rng.integers(num_sequences // 8, num_sequences)),
+        num_unreserved_blocks=int(rng.integers(num_sequences // 8)),  # half of them are short
         prefill=PrefillLoad(1, 128, 128 * 500.0),
         max_batch_size=num_sequences,
     )

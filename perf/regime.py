@@ -185,7 +185,7 @@ def _widest_step(
 ) -> int:
     widths = np.arange(1, max_width + 1)
     total = np.rint(widths * context).astype(np.int64)
-    decode_ms = predictor.predict_steps_ms(widths, total, PrefillLoad())
+    decode_ms = predictor.predict_steps_ms(1, total, PrefillLoad())
     within = decode_ms + widths * prefill_ms_per_token <= tau_ms
     return int(widths[within].max(initial=1))  # T need not be monotone
 

@@ -108,7 +108,7 @@ class WidthPolicy:
 
     def baseline(self, batch: BatchState) -> IntArray:
         """The first leaf of every request in program order."""
-        return _first_leaves(batch)
+        return batch.first_leaf
 
     def admit(self, batch: BatchState, extras_allowed: bool = True) -> AdmissionDecision:
         """Admits every extra below the cap."""
@@ -116,7 +116,7 @@ class WidthPolicy:
         extras = _extras(batch, baseline)
         refused: _Refusals = []
         if self.max_width is not None:
-            rank = extras - _first_leaves(batch)[batch.request_index[extras]]
+            rank = extras - batch.first_leaf[batch.request_index[extras]]
             extras = _keep(extras, rank < self.max_width, RefusalReason.CAP, refused)
         extras = _fitting(batch, extras, extras_allowed, refused)
         times = _prefix_times(batch, self._predictor, baseline, extras)
@@ -192,31 +192,23 @@ class TaperPolicy:
 
     def _budget_ms(self, batch: BatchState, baseline_ms: float) -> float:
         """B; unbounded when no request can meet its objective any more."""
-        tau_ms = batch.tpot_slo_ms[batch.savable]
-        if len(tau_ms) == 0:
-            return float("inf")
-        ceiling_ms = self._kappa * float(tau_ms.min())
+        savable = batch.savable
+        ceiling_ms = self._kappa * float(batch.tpot_slo_ms.min(where=savable, initial=np.inf))
         if self._variant == "no-slack":
             return ceiling_ms
-        slack_ms = float(batch.slack_ms[batch.savable].min())
+        slack_ms = float(batch.slack_ms.min(where=savable, initial=np.inf))
         return min(baseline_ms + self._rho * max(0.0, slack_ms - baseline_ms), ceiling_ms)
 
 
 # --------------------------------------------------------------------------- baseline, order
 
 
-def _first_leaves(batch: BatchState) -> IntArray:
-    return np.searchsorted(batch.request_index, np.arange(batch.num_requests))
-
-
 def _least_recent_leaves(batch: BatchState) -> IntArray:
     """Per request the leaf that waited longest; ties to program order."""
-    if batch.num_leaves == batch.num_requests:
-        return np.arange(batch.num_requests)
-    oldest = np.minimum.reduceat(batch.last_advanced, _first_leaves(batch))
-    candidates = np.flatnonzero(batch.last_advanced == oldest[batch.request_index])
-    first = np.searchsorted(batch.request_index[candidates], np.arange(batch.num_requests))
-    return candidates[first]
+    num = batch.num_leaves
+    key = batch.last_advanced * num + np.arange(num)
+    oldest: IntArray = np.minimum.reduceat(key, batch.first_leaf) % num
+    return oldest
 
 
 def _extras(batch: BatchState, baseline: IntArray) -> IntArray:
@@ -234,13 +226,15 @@ def _ordered_extras(batch: BatchState, baseline: IntArray) -> IntArray:
     extras = _extras(batch, baseline)
     if len(extras) < 2:
         return extras
-    span = int(batch.num_generated.max()) + 1
-    request = batch.request_index[extras]
-    extras = extras[np.argsort(request * span + batch.num_generated[extras], kind="stable")]
-    request = batch.request_index[extras]
+    request, rank = batch.request_index[extras], np.arange(len(extras))
+    # The rank makes every key unique, so that the fast, unstable sort will do.
+    progress = request * (int(batch.num_generated.max()) + 1) + batch.num_generated[extras]
+    extras = extras[(progress * len(extras) + rank).argsort()]
+    # Sorted by progress inside their requests, extras still stand grouped by request.
     offset = request * (int(batch.context_tokens.max()) + 1)
     cost = np.maximum.accumulate(batch.context_tokens[extras] + offset) - offset
-    return extras[np.argsort(cost, kind="stable")]
+    ordered: IntArray = extras[(cost * len(extras) + rank).argsort()]
+    return ordered
 
 
 def _granted_first(batch: BatchState, extras: IntArray, refused: _Refusals) -> tuple[IntArray, int]:
@@ -280,29 +274,24 @@ def _fitting(
 ) -> IntArray:
     """Extras that memory and the batch size allow, in order."""
     if not extras_allowed:
-        none = np.zeros(len(extras), dtype=np.bool_)
-        return _keep(extras, none, RefusalReason.PROBE, refused) if len(extras) else extras
-    extras = _keep(extras, _within_memory(batch, extras), RefusalReason.KV_PRESSURE, refused)
-    room = batch.max_batch_size - batch.num_requests
-    return _keep(extras, np.arange(len(extras)) < room, RefusalReason.BATCH_SIZE, refused)
+        if len(extras):
+            refused.append((extras, RefusalReason.PROBE))
+        return extras[:0]
+    if int(batch.blocks_needed.sum()) > batch.num_unreserved_blocks:
+        extras = _keep(extras, _within_memory(batch, extras), RefusalReason.KV_PRESSURE, refused)
+    room = max(0, batch.max_batch_size - batch.num_requests)
+    if len(extras) > room:
+        refused.append((extras[room:], RefusalReason.BATCH_SIZE))
+    return extras[:room]
 
 
 def _within_memory(batch: BatchState, extras: IntArray) -> BoolArray:
-    """Extras draw on their request's unused reservation, then on unreserved blocks."""
+    """Extras that the reservation of their request covers, or unreserved blocks in their order."""
     needed = batch.blocks_needed[extras]
-    if int(needed.sum()) <= batch.num_unreserved_blocks:
-        return np.ones(len(extras), dtype=np.bool_)
     request = batch.request_index[extras]
-    order = np.argsort(request, kind="stable")
-    running = np.cumsum(needed[order])
-    before_request = running - needed[order]
-    first = np.searchsorted(request[order], request[order])
-    within = running - before_request[first]
-    over = np.maximum(within - batch.kv_headroom_blocks[request[order]], 0)
-    previous = np.maximum(within - needed[order] - batch.kv_headroom_blocks[request[order]], 0)
-    unreserved = np.empty(len(extras), dtype=np.int64)
-    unreserved[order] = over - previous
-    fits: BoolArray = (needed == 0) | (np.cumsum(unreserved) <= batch.num_unreserved_blocks)
+    of_request = np.bincount(request, weights=needed, minlength=batch.num_requests)
+    charged = np.where((of_request <= batch.kv_headroom_blocks)[request], 0, needed)
+    fits: BoolArray = (needed == 0) | (np.cumsum(charged) <= batch.num_unreserved_blocks)
     return fits
 
 
@@ -316,13 +305,13 @@ def _prefix_times(
     context = np.empty(len(extras) + 1, dtype=np.int64)
     context[0] = batch.context_tokens[baseline].sum()
     context[1:] = batch.context_tokens[extras]
-    widths = np.arange(len(baseline), len(baseline) + len(extras) + 1)
-    return predictor.predict_steps_ms(widths, np.cumsum(context), batch.prefill)
+    return predictor.predict_steps_ms(len(baseline), np.cumsum(context), batch.prefill)
 
 
 def _largest_prefix(times: FloatArray, budget_ms: float) -> int:
-    feasible = np.flatnonzero(times[1:] <= budget_ms)
-    return int(feasible[-1]) + 1 if len(feasible) else 0
+    fits = times <= budget_ms
+    fits[0] = True  # no extra at all
+    return len(fits) - 1 - int(fits[::-1].argmax())
 
 
 def _most_efficient_prefix(times: FloatArray, num_baseline: int, budget_ms: float) -> int:

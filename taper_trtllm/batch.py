@@ -47,6 +47,7 @@ class BatchState:
     requests; each request has at least one leaf.
 
     Attributes:
+        first_leaf: [R] row of each request's first leaf.
         request_index: [L] row of each leaf's request, ascending.
         context_tokens: [L] tokens whose KV the leaf's next step reads.
         num_generated: [L] tokens decoded in the leaf's branch so far.
@@ -63,6 +64,7 @@ class BatchState:
         max_batch_size: Most sequences in the step.
     """
 
+    first_leaf: IntArray
     request_index: IntArray
     context_tokens: IntArray
     num_generated: IntArray

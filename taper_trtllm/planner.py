@@ -260,12 +260,13 @@ class StepPlanner:
         requests = [r for r, _ in rows]
         leaves = [s for _, sequences in rows for s in sequences]
         savable = [r.is_savable(now_s, self._baseline_ms) for r in requests]
-        counts = [len(sequences) for _, sequences in rows]
+        counts = np.array([len(sequences) for _, sequences in rows])
 
         def column(values: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
             return np.array(values, dtype=np.int64)
 
         return BatchState(
+            first_leaf=np.cumsum(counts) - counts,
             request_index=np.repeat(np.arange(len(rows)), counts),
             context_tokens=column([engine.num_tokens(s.sequence_id) for s in leaves]),
             num_generated=column([s.node.num_generated for s in leaves]),

@@ -44,56 +44,54 @@ class StepLatencyPredictor:
         knots, intercepts, slopes = _fit_lines(profile.decode)
         widths = np.arange(max_width + 1)
         self._position = _knot_positions(widths, knots, profile.width_buckets)
-        self._intercept_ms = np.maximum(_between(self._position, intercepts), 1e-6)
-        self._slope_ms = np.maximum(_between(self._position, slopes), 0.0)
+        self._fitted_intercept_ms = np.maximum(_between(self._position, intercepts), 1e-6)
+        self._fitted_slope_ms = np.maximum(_between(self._position, slopes), 0.0)
         if mode == "constant":
             self._make_constant(profile.decode)
-        self._intercept_ms[0] = self._slope_ms[0] = 0.0  # no decode
+        self._fitted_intercept_ms[0] = self._fitted_slope_ms[0] = 0.0  # no decode
         self._global_log = 0.0
         self._bucket_log = np.zeros(len(knots))
         self._prefill_log = 0.0
-        self._factor = np.ones(max_width + 1)
         self._correction_position = np.minimum(self._position, len(knots) - 1)
-        self._prefill_ms = _fit_prefill(profile, self)
+        # The corrected lines of every width; predictions read these alone.
+        self._intercept_ms = self._fitted_intercept_ms
+        self._slope_ms = self._fitted_slope_ms
+        self._prefill_terms = _fit_prefill(profile, self)
 
     # ------------------------------------------------------------------------------ predict
 
     def predict_steps_ms(
-        self, widths: IntArray, context_tokens: IntArray, prefill: PrefillLoad
+        self, first_width: int, context_tokens: IntArray, prefill: PrefillLoad
     ) -> FloatArray:
-        """T for many batches that share a prefill load.
+        """T for batches of consecutive widths that share a prefill load.
 
         Args:
-            widths: [N] decoding sequences.
-            context_tokens: [N] sum of their contexts.
+            first_width: Decoding sequences of the first batch, at least 1; each batch has one more.
+            context_tokens: [N] sum of the contexts of each batch.
             prefill: Prefill load of the step.
 
         Returns:
             [N] milliseconds.
         """
-        decode: FloatArray = self._factor[widths] * self._decode_ms(widths, context_tokens)
+        widths = slice(first_width, first_width + len(context_tokens))
+        steps_ms: FloatArray = self._intercept_ms[widths] + self._slope_ms[widths] * context_tokens
         if prefill.num_tokens:
-            decode += np.exp(self._prefill_log) * self._prefill_part(widths, prefill)
-        return decode
+            steps_ms += self._prefill_ms(first_width, prefill)
+        return steps_ms
 
     def predict_step_ms(
         self, width: int, context_tokens: int, prefill: PrefillLoad | None = None
     ) -> float:
         """T for one batch, in milliseconds."""
-        prefill = prefill or PrefillLoad()
-        return float(
-            self.predict_steps_ms(np.array([width]), np.array([context_tokens]), prefill)[0]
-        )
+        step_ms = float(self._intercept_ms[width] + self._slope_ms[width] * context_tokens)
+        if prefill is not None and prefill.num_tokens:
+            step_ms += self._prefill_ms(width, prefill)
+        return step_ms
 
-    def _decode_ms(self, widths: IntArray, context_tokens: IntArray) -> FloatArray:
-        value: FloatArray = self._intercept_ms[widths] + self._slope_ms[widths] * context_tokens
-        return value
-
-    def _prefill_part(self, widths: IntArray, load: PrefillLoad) -> FloatArray:
-        base, chunk, token, pair = self._prefill_ms
+    def _prefill_ms(self, width: int, load: PrefillLoad) -> float:
+        base, chunk, token, pair = self._prefill_terms
         extra = chunk * load.num_chunks + token * load.num_tokens + pair * load.token_context
-        part: FloatArray = base * (widths == 0) + extra
-        return part
+        return float(np.exp(self._prefill_log) * (extra + (base if width == 0 else 0.0)))
 
     @property
     def correction_factor(self) -> float:
@@ -123,7 +121,9 @@ class StepLatencyPredictor:
                 moved = self._bucket_log[knot] + _GAIN * weight * residual
                 self._bucket_log[knot] = _bounded(moved)
         log = self._global_log + _between(self._correction_position, self._bucket_log)
-        self._factor = np.exp(np.clip(log, -_MAX_CORRECTION, _MAX_CORRECTION))
+        factor = np.exp(np.clip(log, -_MAX_CORRECTION, _MAX_CORRECTION))
+        self._intercept_ms = factor * self._fitted_intercept_ms
+        self._slope_ms = factor * self._fitted_slope_ms
 
     def _observe_prefill(
         self, width: int, context_tokens: int, prefill: PrefillLoad, step_ms: float
@@ -140,12 +140,12 @@ class StepLatencyPredictor:
     def _make_constant(self, decode: tuple[DecodePoint, ...]) -> None:
         """One price per sequence, whatever its context and the width."""
         context = float(np.median([p.context_tokens for p in decode]))
-        widths = np.arange(len(self._intercept_ms))
+        widths = np.arange(len(self._fitted_intercept_ms))
         top = min(len(widths) - 1, max(p.width for p in decode))
-        full = self._intercept_ms + self._slope_ms * context * widths
+        full = self._fitted_intercept_ms + self._fitted_slope_ms * context * widths
         price = (full[top] - full[1]) / max(1, top - 1)
-        self._intercept_ms = full[1] + price * (widths - 1)
-        self._slope_ms = np.zeros(len(widths))
+        self._fitted_intercept_ms = full[1] + price * (widths - 1)
+        self._fitted_slope_ms = np.zeros(len(widths))
 
 
 # ------------------------------------------------------------------------------------ fitting

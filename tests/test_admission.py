@@ -43,6 +43,7 @@ def make_batch(leaves_per_request: list[int], slack_ms: float = 50.0, **changes)
     num = len(request_index)
     zeros = np.zeros(num, dtype=np.int64)
     batch = BatchState(
+        first_leaf=np.cumsum(leaves_per_request) - leaves_per_request,
         request_index=request_index,
         context_tokens=zeros + 64,
         num_generated=zeros,
