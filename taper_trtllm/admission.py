@@ -220,21 +220,22 @@ def _extras(batch: BatchState, baseline: IntArray) -> IntArray:
 def _ordered_extras(batch: BatchState, baseline: IntArray) -> IntArray:
     """Extras by token per marginal cost, least progressed first inside a request.
 
-    A token's marginal cost grows with the leaf's context. So that a request's leaves keep their
-    order by progress, a leaf is ranked by the largest context among itself and those before it.
+    A token costs what its leaf's context costs to read. A request is ranked by its shortest one, so
+    that its leaves keep their order by progress.
     """
-    extras = _extras(batch, baseline)
-    if len(extras) < 2:
-        return extras
-    request, rank = batch.request_index[extras], np.arange(len(extras))
-    # The rank makes every key unique, so that the fast, unstable sort will do.
-    progress = request * (int(batch.num_generated.max()) + 1) + batch.num_generated[extras]
-    extras = extras[(progress * len(extras) + rank).argsort()]
-    # Sorted by progress inside their requests, extras still stand grouped by request.
-    offset = request * (int(batch.context_tokens.max()) + 1)
-    cost = np.maximum.accumulate(batch.context_tokens[extras] + offset) - offset
-    ordered: IntArray = extras[(cost * len(extras) + rank).argsort()]
-    return ordered
+    num_requests, num_leaves = batch.num_requests, batch.num_leaves
+    if num_leaves == num_requests:
+        return baseline[:0]
+    shortest = np.minimum.reduceat(batch.context_tokens, batch.first_leaf)
+    request_key = shortest * num_requests + np.arange(num_requests)
+    key = request_key[batch.request_index]
+    key *= int(batch.num_generated.max()) + 1
+    key += batch.num_generated
+    key *= num_leaves
+    key += np.arange(num_leaves)
+    key[baseline] = -1  # ahead of all extras
+    order: IntArray = key.argsort()
+    return order[num_requests:]
 
 
 def _granted_first(batch: BatchState, extras: IntArray, refused: _Refusals) -> tuple[IntArray, int]:
@@ -290,8 +291,8 @@ def _within_memory(batch: BatchState, extras: IntArray) -> BoolArray:
     needed = batch.blocks_needed[extras]
     request = batch.request_index[extras]
     of_request = np.bincount(request, weights=needed, minlength=batch.num_requests)
-    charged = np.where((of_request <= batch.kv_headroom_blocks)[request], 0, needed)
-    fits: BoolArray = (needed == 0) | (np.cumsum(charged) <= batch.num_unreserved_blocks)
+    charged = needed * (of_request > batch.kv_headroom_blocks)[request]
+    fits: BoolArray = (needed == 0) | (charged.cumsum() <= batch.num_unreserved_blocks)
     return fits
 
 
@@ -302,10 +303,8 @@ def _prefix_times(
     batch: BatchState, predictor: StepLatencyPredictor, baseline: IntArray, extras: IntArray
 ) -> FloatArray:
     """T of the baseline with the first k extras, k = 0..len(extras)."""
-    context = np.empty(len(extras) + 1, dtype=np.int64)
-    context[0] = batch.context_tokens[baseline].sum()
-    context[1:] = batch.context_tokens[extras]
-    return predictor.predict_steps_ms(len(baseline), np.cumsum(context), batch.prefill)
+    context = batch.context_tokens[np.concatenate((baseline, extras))].cumsum()
+    return predictor.predict_steps_ms(len(baseline), context[len(baseline) - 1 :], batch.prefill)
 
 
 def _largest_prefix(times: FloatArray, budget_ms: float) -> int:
