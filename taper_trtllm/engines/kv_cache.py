@@ -134,28 +134,28 @@ class BlockPool:
         Raises:
             OutOfBlocksError: Too few free blocks; nothing was changed.
         """
-        needed = self._total_needed(writes)
+        tails = [self._shared_tail(table) for table, _ in writes]
+        needed = self._total_needed(writes, tails)
         if needed > len(self._free):
             raise OutOfBlocksError(f"the step needs {needed} KV blocks, {len(self._free)} are free")
         copies = []
-        for table, num_tokens in writes:
-            shared = self._shared_tail(table)
-            if shared is not None:
+        for (table, num_tokens), tail in zip(writes, tails, strict=True):
+            if tail is not None and self._ref_counts[tail] > 1:
                 table.block_ids[-1] = self._allocate(table.family)
-                self._unreference(shared, table.family)
-                copies.append(BlockCopy(shared, table.block_ids[-1]))
+                self._unreference(tail, table.family)
+                copies.append(BlockCopy(tail, table.block_ids[-1]))
             table.num_tokens += num_tokens
-            for _ in range(self._blocks_for(table.num_tokens) - len(table.block_ids)):
+            while len(table.block_ids) * self.tokens_per_block < table.num_tokens:
                 table.block_ids.append(self._allocate(table.family))
         return copies
 
-    def _total_needed(self, writes: Sequence[tuple[BlockTable, int]]) -> int:
+    def _total_needed(
+        self, writes: Sequence[tuple[BlockTable, int]], tails: Sequence[int | None]
+    ) -> int:
         """Exact over the step: if all holders of a tail write, one of them needs no copy."""
-        writers = Counter(
-            tail for table, _ in writes if (tail := self._shared_tail(table)) is not None
-        )
-        spared = sum(1 for tail, n in writers.items() if n == self._ref_counts[tail])
-        return sum(self.num_blocks_needed(table, n) for table, n in writes) - spared
+        new = sum(self._blocks_for(t.num_tokens + n) - len(t.block_ids) for t, n in writes)
+        writers = Counter(tail for tail in tails if tail is not None)
+        return new + sum(min(n, self._ref_counts[tail] - 1) for tail, n in writers.items())
 
     def _shared_tail(self, table: BlockTable) -> int | None:
         """The partly filled last block, if other tables hold it too."""

@@ -6,6 +6,7 @@ tokens, whatever sequences they belong to.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -92,16 +93,19 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer; projections that read the same input are one matrix.
+    """One decoder layer.
+
+    Projections that read the same input are one matrix, and matrices are stored as [in, out]: a
+    few percent faster on a CPU than [out, in].
 
     Attributes:
-        input_norm: [hidden].
-        qkv: [(heads + 2 kv heads) x head_dim, hidden].
+        input_norm: [hidden]; norms are float32 and scaled for `_rms_norm`.
+        qkv: [hidden, (heads + 2 kv heads) x head_dim].
         qk_norm: [heads + kv heads, head_dim].
-        output: [hidden, heads x head_dim].
+        output: [heads x head_dim, hidden].
         post_attention_norm: [hidden].
-        gate_up: [2 x intermediate, hidden].
-        down: [hidden, intermediate].
+        gate_up: [hidden, 2 x intermediate].
+        down: [intermediate, hidden].
     """
 
     input_norm: torch.Tensor
@@ -151,14 +155,16 @@ class Qwen3Model:
     ) -> None:
         self.config = config
 
-        def load(*names: str) -> torch.Tensor:
-            return torch.cat([read(name).to(device, dtype) for name in names])
-
-        self._embedding = load("model.embed_tokens.weight")
-        self._layers = [_load_layer(config, i, load) for i in range(config.num_hidden_layers)]
-        self._norm = load("model.norm.weight")
+        loader = _Loader(read, dtype, device)
+        self._embedding = read("model.embed_tokens.weight").to(device, dtype)
+        self._layers = [loader.layer(config, i) for i in range(config.num_hidden_layers)]
+        self._norm = loader.norm("model.norm.weight")
         tied = config.tie_word_embeddings
-        self._head = self._embedding if tied else load("lm_head.weight")
+        self._head = self._embedding.t() if tied else loader.matrix("lm_head.weight")
+        self._epsilon_roots = {
+            size: torch.tensor([math.sqrt(size * config.rms_norm_eps)], device=device)
+            for size in (config.hidden_size, config.head_dim)
+        }
         self._cos, self._sin = _rotary_tables(config, max_seq_len, dtype, device)
 
     def forward(
@@ -180,47 +186,72 @@ class Qwen3Model:
             normed = self._rms_norm(hidden, layer.input_norm)
             queries, keys_values = self._project(layer, normed, cos, sin)
             attended = attention.attend(index, queries, keys_values)
-            hidden = hidden + F.linear(attended, layer.output)
+            hidden = hidden + attended @ layer.output
             normed = self._rms_norm(hidden, layer.post_attention_norm)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+            gate, up = (normed @ layer.gate_up).chunk(2, dim=-1)
+            hidden = hidden + (F.silu(gate) * up) @ layer.down
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[n, vocab] next-token logits in float32 of n rows of `forward`'s result."""
-        return F.linear(self._rms_norm(hidden, self._norm), self._head).float()
+        return (self._rms_norm(hidden, self._norm) @ self._head).float()
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[-1],), weight, self.config.rms_norm_eps)
+        """RMS norm, x / sqrt(mean(x^2) + eps), in half the calls of torch's on a CPU.
+
+        Args:
+            x: [..., size].
+            weight: [..., size], multiplied by sqrt(size).
+        """
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.hypot(norm, self._epsilon_roots[x.shape[-1]])
+        return (x / scale * weight).to(x.dtype)
 
     def _project(
         self, layer: LayerWeights, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries, and keys with values; normed and rotated."""
         heads, head_dim = self.config.num_attention_heads, self.config.head_dim
-        qkv = F.linear(x, layer.qkv).view(len(x), -1, head_dim)
+        qkv = (x @ layer.qkv).view(len(x), -1, head_dim)
         qk = qkv[:, : heads + self.config.num_key_value_heads]
-        normed = F.rms_norm(qk, (head_dim,), None, self.config.rms_norm_eps) * layer.qk_norm
+        normed = self._rms_norm(qk, layer.qk_norm)
         # Rolling by half a head swaps its halves; the sign of the first is in the sine table.
         swapped = normed.roll(head_dim // 2, dims=-1)
         torch.addcmul(normed * cos, swapped, sin, out=qk)
         return qkv[:, :heads], qkv[:, heads:]
 
 
-def _load_layer(config: Qwen3Config, index: int, load: Callable[..., torch.Tensor]) -> LayerWeights:
-    prefix = f"model.layers.{index}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    norms = [load(f"{attention}.q_norm.weight")] * config.num_attention_heads
-    norms += [load(f"{attention}.k_norm.weight")] * config.num_key_value_heads
-    return LayerWeights(
-        input_norm=load(f"{prefix}.input_layernorm.weight"),
-        qkv=load(*(f"{attention}.{name}_proj.weight" for name in "qkv")),
-        qk_norm=torch.stack(norms),
-        output=load(f"{attention}.o_proj.weight"),
-        post_attention_norm=load(f"{prefix}.post_attention_layernorm.weight"),
-        gate_up=load(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
-        down=load(f"{mlp}.down_proj.weight"),
-    )
+@dataclass(frozen=True, slots=True)
+class _Loader:
+    """Brings weights into the form of `LayerWeights`."""
+
+    read: Callable[[str], torch.Tensor]
+    dtype: torch.dtype
+    device: torch.device
+
+    def matrix(self, *names: str) -> torch.Tensor:
+        """[in, sum of out] of matrices that are stored as [out, in]."""
+        parts = [self.read(name).to(self.device, self.dtype) for name in names]
+        return torch.cat(parts).t().contiguous()
+
+    def norm(self, name: str) -> torch.Tensor:
+        weight = self.read(name).to(self.device, torch.float32)
+        return weight * math.sqrt(len(weight))
+
+    def layer(self, config: Qwen3Config, index: int) -> LayerWeights:
+        prefix = f"model.layers.{index}"
+        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+        norms = [self.norm(f"{attention}.q_norm.weight")] * config.num_attention_heads
+        norms += [self.norm(f"{attention}.k_norm.weight")] * config.num_key_value_heads
+        return LayerWeights(
+            input_norm=self.norm(f"{prefix}.input_layernorm.weight"),
+            qkv=self.matrix(*(f"{attention}.{name}_proj.weight" for name in "qkv")),
+            qk_norm=torch.stack(norms),
+            output=self.matrix(f"{attention}.o_proj.weight"),
+            post_attention_norm=self.norm(f"{prefix}.post_attention_layernorm.weight"),
+            gate_up=self.matrix(f"{mlp}.gate_proj.weight", f"{mlp}.up_proj.weight"),
+            down=self.matrix(f"{mlp}.down_proj.weight"),
+        )
 
 
 def _rotary_tables(
