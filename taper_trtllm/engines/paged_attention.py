@@ -19,7 +19,7 @@ from taper_trtllm.engines.qwen3 import Qwen3Config
 from taper_trtllm.engines.step_batch import AttentionGroup, Segment, StepBatch, StepBatchBuilder
 
 # Gathered bytes of a group: what stays in a CPU core's cache; elsewhere, what keeps a GPU busy.
-_GROUP_BYTES = {"cpu": 4 << 20}
+_GROUP_BYTES = {"cpu": 5 << 20}
 _DEFAULT_GROUP_BYTES = 256 << 20
 
 
