@@ -50,7 +50,12 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
 def _add_workload(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--dataset-name", choices=("fork-join", "random", "trace"), default="trace")
     group.add_argument("--dataset-path", type=Path, default=DEFAULT_TRACE, help="CSV trace")
-    group.add_argument("--length-scale", type=positive, default=1.0, help="on token counts")
+    group.add_argument(
+        "--length-scale", type=positive, default=1.0, help="on decoded token counts (%(default)s)"
+    )
+    group.add_argument(
+        "--prompt-scale", type=positive, help="on prompt lengths (as --length-scale)"
+    )
     group.add_argument("--num-prompts", type=positive_int, default=1000, help="%(default)s")
     group.add_argument(
         "--request-rate", type=positive, default=float("inf"), help="requests/s (all at once)"
@@ -149,6 +154,7 @@ def workload_config(arguments: argparse.Namespace, serving: ServingConfig) -> Wo
         burstiness=arguments.burstiness,
         arrivals=arguments.arrivals,
         length_scale=arguments.length_scale,
+        prompt_scale=arguments.prompt_scale,
         seed=arguments.seed,
         vocab_size=serving.engine.random_model.vocab_size,
         limits=serving.limits,

@@ -170,6 +170,7 @@ def _header(config: BenchConfig, policy: str | None) -> dict[str, Any]:
         "arrivals": config.workload.arrivals,
         "dataset_name": config.workload.dataset_name,
         "length_scale": config.workload.length_scale,
+        "prompt_scale": config.workload.prompt_scale or config.workload.length_scale,
         "slo_ttft_ms": config.score.ttft_ms,
         "slo_tpot_ms": config.score.tpot_ms,
         "slo_e2el_ms": config.score.e2el_ms,

@@ -79,6 +79,7 @@ def run_cell(
         num_prompts=num_prompts,
         request_rate=request_rate,
         length_scale=experiment.regime.length_scale,
+        prompt_scale=experiment.regime.prompt_scale,
         seed=seed,
         vocab_size=experiment.base.engine.random_model.vocab_size,
         limits=experiment.base.limits,

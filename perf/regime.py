@@ -26,9 +26,14 @@ from taper_trtllm.profile import ProfileError, load_profile
 from taper_trtllm.request import RequestError, RequestLimits, SloTarget
 
 LENGTH_SCALE = 0.25  # a request then lasts about a second on the small model
+# A prompt token costs 1/45 of a single-sequence decode step on the small CPU model, but 1/145 for
+# Qwen3-32B FP8 on one H200 (512 tokens take 41 ms, a step 11.6 ms). A third more restores the
+# target's share of prefill.
+PROMPT_SCALE = LENGTH_SCALE / 3
 MAX_NUM_REQUESTS = 16  # request slots
 TPOT_SLO_STEPS = 3.5  # tau, in steps of a single sequence
 TTFT_SLO_TPOTS = 67  # Y in tau: 2 s for 30 ms, a usual pair of objectives
+CHUNK_STEP_TPOTS = 2.0  # longest step with a prefill chunk, in tau
 KV_POOL_FOOTPRINTS = 2.0  # per slot: one for the request itself, one for branches beside it
 
 
@@ -37,7 +42,8 @@ class Regime:
     """What every policy of an experiment runs under.
 
     Attributes:
-        length_scale: Factor on the trace's token counts.
+        length_scale: Factor on the trace's decoded token counts.
+        prompt_scale: Factor on its prompt lengths.
         num_requests: Requests of the trace that the limits admit.
         mean_output_tokens: Decoded tokens per request.
         mean_prefill_tokens: Prompt, header and join tokens per request.
@@ -47,7 +53,7 @@ class Regime:
         ttft_slo_ms: Y = `TTFT_SLO_TPOTS` x tau.
         max_num_requests: Request slots.
         max_prefill_tokens: Chunk budget: the most whole blocks with which a step of all slots, one
-            leaf each, stays within kappa tau, the longest step that the controller itself allows.
+            leaf each, stays within `CHUNK_STEP_TPOTS` x tau.
         num_kv_blocks: KV pool: `KV_POOL_FOOTPRINTS` mean worst-case footprints per slot, and at
             least the largest request.
         prefill_ms: Time that the prefill of a mean request adds to the steps it is part of.
@@ -59,6 +65,7 @@ class Regime:
     """
 
     length_scale: float
+    prompt_scale: float
     num_requests: int
     mean_output_tokens: float
     mean_prefill_tokens: float
@@ -96,7 +103,8 @@ class Regime:
     def lines(self) -> list[str]:
         """The regime in words."""
         return [
-            f"trace: {self.num_requests} requests, lengths x {self.length_scale:g}; means: "
+            f"trace: {self.num_requests} requests, lengths x {self.length_scale:g}, prompts x "
+            f"{self.prompt_scale:.3g}; means: "
             f"{self.mean_output_tokens:.0f} decoded and {self.mean_prefill_tokens:.0f} prefilled "
             f"tokens, context {self.mean_context_tokens:.0f}",
             f"tau = {TPOT_SLO_STEPS:g} x T(1) = {TPOT_SLO_STEPS:g} x {self.single_step_ms:.2f} ms "
@@ -109,12 +117,17 @@ class Regime:
 
 
 def trace_costs(
-    dataset_path: Path, length_scale: float, limits: RequestLimits, engine: EngineConfig
+    dataset_path: Path,
+    length_scale: float,
+    prompt_scale: float,
+    limits: RequestLimits,
+    engine: EngineConfig,
 ) -> list[ProgramCost]:
     """Costs of every row of a trace that the limits admit."""
     config = WorkloadConfig(
         dataset_path=dataset_path,
         length_scale=length_scale,
+        prompt_scale=prompt_scale,
         vocab_size=engine.random_model.vocab_size,
         limits=limits,
     )
@@ -134,6 +147,7 @@ def fix_regime(
     costs: list[ProgramCost],
     base: ServingConfig,
     length_scale: float = LENGTH_SCALE,
+    prompt_scale: float = PROMPT_SCALE,
 ) -> Regime:
     """Derives the regime.
 
@@ -142,6 +156,7 @@ def fix_regime(
         costs: Of the scaled trace.
         base: Configuration of the engine and the scheduler's constants.
         length_scale: That the costs were computed with.
+        prompt_scale: Likewise.
     """
     output = float(np.mean([c.num_output_tokens for c in costs]))
     context = sum(c.decode_context_tokens for c in costs) / sum(c.num_output_tokens for c in costs)
@@ -158,6 +173,7 @@ def fix_regime(
     )
     return Regime(
         length_scale=length_scale,
+        prompt_scale=prompt_scale,
         num_requests=len(costs),
         mean_output_tokens=output,
         mean_prefill_tokens=float(prefill.num_tokens),
@@ -167,7 +183,7 @@ def fix_regime(
         ttft_slo_ms=TTFT_SLO_TPOTS * tau_ms,
         max_num_requests=MAX_NUM_REQUESTS,
         max_prefill_tokens=_chunk_budget(
-            predictor, context, prefill, base.scheduler.kappa * tau_ms, base.engine
+            predictor, context, prefill, CHUNK_STEP_TPOTS * tau_ms, base.engine
         ),
         num_kv_blocks=_kv_pool(costs),
         prefill_ms=prefill_ms,
@@ -221,6 +237,7 @@ def regime_of(
     base: ServingConfig,
     dataset_path: Path = DEFAULT_TRACE,
     length_scale: float = LENGTH_SCALE,
+    prompt_scale: float = PROMPT_SCALE,
 ) -> Regime:
     """The regime of a profile file and a trace file.
 
@@ -229,8 +246,8 @@ def regime_of(
         TraceError: The trace cannot be read.
     """
     predictor = StepLatencyPredictor(load_profile(profile), mode="uncorrected")
-    costs = trace_costs(dataset_path, length_scale, base.limits, base.engine)
-    return fix_regime(predictor, costs, base, length_scale)
+    costs = trace_costs(dataset_path, length_scale, prompt_scale, base.limits, base.engine)
+    return fix_regime(predictor, costs, base, length_scale, prompt_scale)
 
 
 def write_config(config: ServingConfig, path: Path) -> None:
@@ -246,12 +263,19 @@ def main() -> int:
     parser.add_argument("--config", type=Path, help="base serving configuration (YAML)")
     parser.add_argument("--dataset-path", type=Path, default=DEFAULT_TRACE, help="trace (CSV)")
     parser.add_argument("--length-scale", type=float, default=LENGTH_SCALE, help="%(default)s")
+    parser.add_argument("--prompt-scale", type=float, default=PROMPT_SCALE, help="%(default).3g")
     parser.add_argument("--policy", default="taper", help="of the written configuration")
     parser.add_argument("--output", type=Path, help="serving configuration to write")
     arguments = parser.parse_args()
     try:
         base = load_config(arguments.config) if arguments.config else ServingConfig()
-        regime = regime_of(arguments.profile, base, arguments.dataset_path, arguments.length_scale)
+        regime = regime_of(
+            arguments.profile,
+            base,
+            arguments.dataset_path,
+            arguments.length_scale,
+            arguments.prompt_scale,
+        )
     except (ConfigError, ProfileError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
     print("\n".join(regime.lines()))

@@ -26,7 +26,7 @@ from perf.bench_arguments import positive, positive_int
 from perf.cell import Experiment, check_policies, run_cell
 from perf.grpc_client import ServerUnavailableError
 from perf.plots import plot_sweep
-from perf.regime import LENGTH_SCALE, Regime, regime_of
+from perf.regime import LENGTH_SCALE, PROMPT_SCALE, Regime, regime_of
 from perf.result import save_json
 from perf.sweep_summary import Cells, summarise, summary_tables
 from perf.trace import TraceError
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=Path, help="base serving configuration (YAML)")
     parser.add_argument("--dataset-path", type=Path, default=DEFAULT_TRACE, help="trace (CSV)")
     parser.add_argument("--length-scale", type=positive, default=LENGTH_SCALE, help="%(default)s")
+    parser.add_argument("--prompt-scale", type=positive, default=PROMPT_SCALE, help="%(default).3g")
     parser.add_argument("--seed", type=int, default=0, help="of the first repetition")
     return parser
 
@@ -113,7 +114,9 @@ def prepare(arguments: argparse.Namespace) -> Experiment:
     if not record.exists():
         output.mkdir(parents=True, exist_ok=True)
         _provide_profile(arguments, profile)
-        regime = regime_of(profile, base, arguments.dataset_path, arguments.length_scale)
+        regime = regime_of(
+            profile, base, arguments.dataset_path, arguments.length_scale, arguments.prompt_scale
+        )
         save_json({"regime": asdict(regime), "settings": _settings(arguments, base)}, record)
         return Experiment(regime, base, profile, arguments.dataset_path)
     found = json.loads(record.read_text())
@@ -130,6 +133,7 @@ def _settings(arguments: argparse.Namespace, base: ServingConfig) -> dict[str, A
         "seed": arguments.seed,
         "dataset": arguments.dataset_path.name,
         "length_scale": arguments.length_scale,
+        "prompt_scale": arguments.prompt_scale,
         "config": base.model_dump(mode="json"),
     }
 

@@ -43,7 +43,8 @@ class WorkloadConfig:
         request_rate: Requests per second; infinite for all at once.
         burstiness: Shape of gamma arrivals; 1 is Poisson.
         arrivals: ``gamma``, or ``trace`` for the file's arrivals stretched to `request_rate`.
-        length_scale: Factor on the trace's token counts.
+        length_scale: Factor on the trace's decoded token counts.
+        prompt_scale: Factor on its prompt lengths; `length_scale` if None.
         seed: Of rows, token ids and arrivals.
         vocab_size: Token ids are drawn from [0, vocab_size).
         limits: Of the server; rows beyond them are dropped and counted.
@@ -66,6 +67,7 @@ class WorkloadConfig:
     burstiness: float = 1.0
     arrivals: ArrivalProcess = "gamma"
     length_scale: float = 1.0
+    prompt_scale: float | None = None
     seed: int = 0
     vocab_size: int = 8192
     limits: RequestLimits = field(default_factory=RequestLimits)
@@ -182,7 +184,7 @@ def make_request(
     Raises:
         RequestError: The server would refuse it.
     """
-    num_prompt = scale_count(row.prompt_tokens, config.length_scale)
+    num_prompt = scale_count(row.prompt_tokens, config.prompt_scale or config.length_scale)
     own = rng.integers(config.vocab_size, size=max(0, num_prompt - len(shared_prefix)))
     stages = to_wire_stages(
         row.stages, config.length_scale, _token_ids(rng, config.vocab_size), config.vocab_size

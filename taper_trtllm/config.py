@@ -82,8 +82,8 @@ class SchedulerConfig(_Model):
     max_batch_size: _PositiveInt = 256
     max_prefill_tokens: _PositiveInt = 128
     rho: Annotated[float, Field(gt=0, le=1)] = 1.0
-    kappa: Annotated[float, Field(ge=1)] = 2.0
-    margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    kappa: Annotated[float, Field(ge=1)] = 1.0
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.1
     probe_interval_steps: _PositiveInt | None = 100
     kv_reserve_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     max_step_records: _PositiveInt = 8192

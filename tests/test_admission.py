@@ -125,7 +125,7 @@ def test_taper_fits_its_budget_with_the_largest_prefix(batch, tiles):
     if batch.savable.any():
         slack = batch.slack_ms[batch.savable].min()
         tau = batch.tpot_slo_ms[batch.savable].min()
-        budget = min(baseline_ms + max(0.0, slack - baseline_ms), 2 * tau)
+        budget = min(baseline_ms + max(0.0, slack - baseline_ms), tau)
         assert decision.budget_ms == pytest.approx(budget)
     if len(decision.extras):
         assert decision.step_ms <= decision.budget_ms

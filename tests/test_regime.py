@@ -9,6 +9,7 @@ from perf.regime import (
     KV_POOL_FOOTPRINTS,
     LENGTH_SCALE,
     MAX_NUM_REQUESTS,
+    PROMPT_SCALE,
     TPOT_SLO_STEPS,
     TTFT_SLO_TPOTS,
     fix_regime,
@@ -105,5 +106,5 @@ def test_the_configuration_is_what_a_server_reads(tmp_path: Path):
 
 
 def test_every_row_of_the_shipped_trace_is_admitted():
-    costs = trace_costs(DEFAULT_TRACE, LENGTH_SCALE, RequestLimits(), EngineConfig())
+    costs = trace_costs(DEFAULT_TRACE, LENGTH_SCALE, PROMPT_SCALE, RequestLimits(), EngineConfig())
     assert len(costs) == len(read_trace(DEFAULT_TRACE))
