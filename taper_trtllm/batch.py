@@ -141,6 +141,7 @@ class StepRecord:
         num_free_blocks: Free KV blocks after the step.
         num_preempted: Sequences preempted for this step.
         is_probe: A baseline-only step.
+        correction_factor: The predictor's factor common to all widths.
         policy: Name of the policy.
     """
 
@@ -163,6 +164,7 @@ class StepRecord:
     num_free_blocks: int
     num_preempted: int
     is_probe: bool
+    correction_factor: float
     policy: str
 
     @property

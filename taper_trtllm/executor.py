@@ -119,7 +119,7 @@ class TaperExecutor:
         self._submissions: deque[_Submission] = deque()
         self._cancellations: deque[str] = deque()
         self._open: dict[str, bool] = {}  # request id -> it was started
-        self._is_closed = False
+        self._closed_because: str | None = None
         self._wake = threading.Event()
         # Owned by the driving thread.
         self._waiting: deque[LiveRequest] = deque()
@@ -190,8 +190,8 @@ class TaperExecutor:
         handle = RequestHandle(request.request_id)
         arrival_s = self._clock() if arrival_s is None else arrival_s
         with self._lock:
-            if self._is_closed:
-                raise ExecutorClosedError("the server is shutting down")
+            if self._closed_because is not None:
+                raise ExecutorClosedError(self._closed_because)
             if request.request_id in self._open:
                 raise RequestError("request_id", f"{request.request_id!r} is already in use")
             num_waiting = sum(not started for started in self._open.values())
@@ -269,28 +269,28 @@ class TaperExecutor:
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Takes no more requests and runs those that are open, until done or out of time."""
-        self._close()
+        self._close("the server is shutting down")
         deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
         while self.num_open_requests and (deadline_s is None or time.monotonic() < deadline_s):
             self.run_once()
 
     def shutdown(self) -> None:
         """Answers every open request with an error and releases the engine."""
-        self._close()
         self.fail_all("the server is shutting down")
         self._engine.shutdown()
         if self._step_log is not None:
             self._step_log.close()
 
     def fail_all(self, message: str) -> None:
-        """Ends every open request with an error."""
+        """Ends every open request with an error, and takes no more."""
+        self._close(message)
         self._take_notes()
         for request in [*self._running, *self._waiting]:
             self._finish(request, "error", error=message)
 
-    def _close(self) -> None:
+    def _close(self, because: str) -> None:
         with self._lock:
-            self._is_closed = True
+            self._closed_because = self._closed_because or because
 
     # --------------------------------------------------------------------- intake and start
 
@@ -464,6 +464,7 @@ class TaperExecutor:
             num_free_blocks=self._engine.num_free_blocks,
             num_preempted=planned.num_preempted,
             is_probe=planned.is_probe,
+            correction_factor=self._predictor.correction_factor,
             policy=self._policy.name,
         )
 

@@ -42,6 +42,7 @@ BRANCHED_STEPS = "taper_branched_steps_total"
 EXTERNALITY_PREDICTED = "taper_branch_externality_predicted_seconds_sum"
 EXTERNALITY_REALISED = "taper_branch_externality_realised_seconds_sum"
 SLACK_BUDGET = "taper_slack_budget_seconds"
+CORRECTION_FACTOR = "taper_predictor_correction_factor"
 ACTIVE_FAMILIES = "taper_active_families"
 QUEUED_REQUESTS = "taper_queued_requests"
 KV_FREE_BLOCKS = "taper_kv_free_blocks"
@@ -116,6 +117,7 @@ FAMILIES: tuple[MetricFamily, ...] = (
     MetricFamily(EXTERNALITY_PREDICTED, "gauge", "Sum of predicted branch externality (signed)"),
     MetricFamily(EXTERNALITY_REALISED, "gauge", "Sum of realised branch externality (signed)"),
     MetricFamily(SLACK_BUDGET, "gauge", "Step budget B of the last iteration that had one"),
+    MetricFamily(CORRECTION_FACTOR, "gauge", "Predictor's factor common to all widths"),
     MetricFamily(ACTIVE_FAMILIES, "gauge", "Requests started and not ended"),
     MetricFamily(QUEUED_REQUESTS, "gauge", "Requests waiting to be started"),
     MetricFamily(KV_FREE_BLOCKS, "gauge", "Free KV blocks"),
@@ -153,6 +155,7 @@ class ServingMetrics:
             self._observe(PREDICTION_ERROR, error)
         if record.budget_ms is not None:
             self._gauges[SLACK_BUDGET] = record.budget_ms / 1e3
+        self._gauges[CORRECTION_FACTOR] = record.correction_factor
         self._gauges[KV_MIN_FREE_BLOCKS] = min(
             record.num_free_blocks, self._gauges.get(KV_MIN_FREE_BLOCKS, record.num_free_blocks)
         )
@@ -172,8 +175,7 @@ class ServingMetrics:
         # A request that its client gave up neither met nor missed its objective.
         if finish_reason in ("cancelled", "error"):
             return
-        if metrics.slo_met is not None:
-            self._count(SLO_ATTAINED if metrics.slo_met else SLO_MISSED, 1)
+        self._count(SLO_ATTAINED if metrics.slo_met else SLO_MISSED, 1)
         self._observe_timings(metrics)
 
     def record_cancel(self, seconds: float) -> None:

@@ -355,7 +355,7 @@ def test_a_broken_engine_answers_every_open_request():
     thread.start()
     thread._thread.join(timeout=30)
     assert {collector.last(f"p{i}").finish_reason for i in range(4)} == {"error"}
-    with pytest.raises(ExecutorClosedError):
+    with pytest.raises(ExecutorClosedError, match="fell off the bus"):
         executor.submit(plain("late"))
 
 

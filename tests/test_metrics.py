@@ -29,6 +29,7 @@ STEP = StepRecord(
     num_free_blocks=9,
     num_preempted=0,
     is_probe=False,
+    correction_factor=1.0,
     policy="taper",
 )
 REQUEST = RequestMetrics(
