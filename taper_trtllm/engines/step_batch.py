@@ -64,7 +64,8 @@ class AttentionGroup:
         num_queries: Tokens of each segment.
         context: Longest context.
         block_ids: [n x blocks] block tables, padded.
-        mask: Additive, [n, 1, 1 or queries x query heads per KV head, context].
+        mask: Additive, [n, 1, 1 or queries x query heads per KV head, context]; None if every
+            query sees all of it.
     """
 
     rows: slice
@@ -72,7 +73,7 @@ class AttentionGroup:
     num_queries: int
     context: int
     block_ids: torch.Tensor
-    mask: torch.Tensor
+    mask: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,13 +187,11 @@ class StepBatchBuilder:
             mask=self._mask(members),
         )
 
-    def _mask(self, members: Sequence[Segment]) -> torch.Tensor:
-        """Hides what comes after each query, padding included.
-
-        It is there even when it hides nothing: torch's CPU attention is up to a third faster with
-        a mask than without one.
-        """
+    def _mask(self, members: Sequence[Segment]) -> torch.Tensor | None:
+        """Hides what comes after each query, padding included."""
         num_queries, context = members[0].end - members[0].start, members[0].end
+        if num_queries == 1 and members[-1].end == context:
+            return None
         limits = np.array([[segment.start] for segment in members])
         if num_queries > 1:
             limits = limits + np.arange(num_queries).repeat(self._queries_per_kv_head)
