@@ -40,6 +40,8 @@ POLICIES = (
     "taper:uncorrected",
 )
 
+_MAX_GENERATED = 1 << 20  # tokens of one branch; far beyond any context length
+
 _Refusals = list[tuple[IntArray, RefusalReason]]
 
 
@@ -229,7 +231,7 @@ def _ordered_extras(batch: BatchState, baseline: IntArray) -> IntArray:
     shortest = np.minimum.reduceat(batch.context_tokens, batch.first_leaf)
     request_key = shortest * num_requests + np.arange(num_requests)
     key = request_key[batch.request_index]
-    key *= int(batch.num_generated.max()) + 1
+    key *= _MAX_GENERATED
     key += batch.num_generated
     key *= num_leaves
     key += np.arange(num_leaves)

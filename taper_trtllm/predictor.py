@@ -11,6 +11,7 @@ by bounded moves, so that one slow step cannot throw it off.
 
 from __future__ import annotations
 
+import math
 from itertools import combinations
 from typing import Literal
 
@@ -56,7 +57,7 @@ class StepLatencyPredictor:
         # The corrected lines of every width; predictions read these alone.
         self._intercept_ms = self._fitted_intercept_ms
         self._slope_ms = self._fitted_slope_ms
-        self._prefill_terms = _fit_prefill(profile, self)
+        self._prefill_terms: list[float] = _fit_prefill(profile, self).tolist()
 
     # ------------------------------------------------------------------------------ predict
 
@@ -91,7 +92,7 @@ class StepLatencyPredictor:
     def _prefill_ms(self, width: int, load: PrefillLoad) -> float:
         base, chunk, token, pair = self._prefill_terms
         extra = chunk * load.num_chunks + token * load.num_tokens + pair * load.token_context
-        return float(np.exp(self._prefill_log) * (extra + (base if width == 0 else 0.0)))
+        return math.exp(self._prefill_log) * (extra + (base if width == 0 else 0.0))
 
     @property
     def correction_factor(self) -> float:

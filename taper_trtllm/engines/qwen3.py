@@ -186,10 +186,10 @@ class Qwen3Model:
             normed = self._rms_norm(hidden, layer.input_norm)
             queries, keys_values = self._project(layer, normed, cos, sin)
             attended = attention.attend(index, queries, keys_values)
-            hidden = hidden + attended @ layer.output
+            hidden.addmm_(attended, layer.output)
             normed = self._rms_norm(hidden, layer.post_attention_norm)
             gate, up = (normed @ layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + (F.silu(gate) * up) @ layer.down
+            hidden.addmm_(F.silu(gate).mul_(up), layer.down)
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -205,7 +205,7 @@ class Qwen3Model:
         """
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.hypot(norm, self._epsilon_roots[x.shape[-1]])
-        return (x / scale * weight).to(x.dtype)
+        return (x / scale).mul_(weight).to(x.dtype)
 
     def _project(
         self, layer: LayerWeights, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
@@ -217,7 +217,7 @@ class Qwen3Model:
         normed = self._rms_norm(qk, layer.qk_norm)
         # Rolling by half a head swaps its halves; the sign of the first is in the sine table.
         swapped = normed.roll(head_dim // 2, dims=-1)
-        torch.addcmul(normed * cos, swapped, sin, out=qk)
+        torch.addcmul(normed.mul_(cos), swapped, sin, out=qk)
         return qkv[:, :heads], qkv[:, heads:]
 
 

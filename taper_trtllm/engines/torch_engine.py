@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,6 @@ from taper_trtllm.config import ConfigError, EngineConfig
 from taper_trtllm.engines.base import (
     EngineCapabilities,
     EngineError,
-    PrefillChunk,
     SequenceId,
     SequenceParams,
     StepPlan,
@@ -41,9 +40,47 @@ class _Sequence:
     table: BlockTable
     max_computed: int
 
-    @property
-    def num_pending(self) -> int:
-        return len(self.tokens) - self.table.num_tokens
+
+@dataclass(slots=True)
+class _Work:
+    """What a step does with one sequence.
+
+    Attributes:
+        start: Position of the first token to compute.
+    """
+
+    sequence_id: SequenceId
+    sequence: _Sequence
+    num_tokens: int
+    sample: bool
+    start: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self.sequence.table.num_tokens
+
+    def check(self, max_seq_len: int) -> None:
+        """Raises ValueError if the sequence cannot do this."""
+        num_tokens = len(self.sequence.tokens)
+        pending = num_tokens - self.start
+        name = f"sequence {self.sequence_id}"
+        if not 1 <= self.num_tokens <= pending:
+            raise ValueError(f"{name}: {self.num_tokens} tokens of {pending} pending ones")
+        if self.sample and self.num_tokens < pending:
+            raise ValueError(f"{name}: {pending} tokens are pending, so it cannot draw")
+        if self.sample and num_tokens >= max_seq_len:
+            raise ValueError(f"{name}: has reached max_seq_len")
+
+    def segments(self) -> Iterator[Segment]:
+        """The tokens to compute, cut for attention."""
+        token_ids = self.sequence.tokens[self.start : self.start + self.num_tokens]
+        block_ids = self.sequence.table.block_ids
+        return split_chunk(self.sequence_id, token_ids, block_ids, self.start, self.sample)
+
+    def count_recomputed(self) -> int:
+        """Counts tokens that were computed before, and remembers the new ones as computed."""
+        before, end = self.sequence.max_computed, self.start + self.num_tokens
+        self.sequence.max_computed = max(before, end)
+        return max(0, min(before, end) - self.start)
 
 
 class TorchEngine:
@@ -229,28 +266,14 @@ class TorchEngine:
             ValueError: The plan is malformed; nothing was changed.
         """
         started_s = self.now_s()
-        chunks = [*(PrefillChunk(i, 1, sample=True) for i in plan.decode), *plan.prefill]
-        self._check_plan(plan, chunks)
-        sequences = [self._sequences[chunk.sequence_id] for chunk in chunks]
-        starts = [sequence.table.num_tokens for sequence in sequences]
-        copies = self._pool.reserve(
-            [(s.table, chunk.num_tokens) for s, chunk in zip(sequences, chunks, strict=True)]
-        )
-        segments = [
-            segment
-            for chunk, sequence, start in zip(chunks, sequences, starts, strict=True)
-            for segment in _segments(chunk, sequence, start)
-        ]
+        work = self._check_plan(plan)
+        copies = self._pool.reserve([(item.sequence.table, item.num_tokens) for item in work])
         try:
             self._attention.copy_blocks(copies)
-            tokens = self._run(segments)
+            tokens = self._run([segment for item in work for segment in item.segments()])
         except RuntimeError as error:
             raise EngineError(f"step {self._iteration} failed: {error}") from error
-        num_recomputed = 0
-        for sequence, start in zip(sequences, starts, strict=True):
-            end = sequence.table.num_tokens
-            num_recomputed += min(end, sequence.max_computed) - min(start, sequence.max_computed)
-            sequence.max_computed = max(end, sequence.max_computed)
+        num_recomputed = sum(item.count_recomputed() for item in work)
         for sequence_id, token in tokens.items():
             self._sequences[sequence_id].tokens.append(token)
         return self._result(plan, tokens, num_recomputed, started_s)
@@ -260,25 +283,21 @@ class TorchEngine:
         self._sequences.clear()
         del self._model, self._attention
 
-    def _check_plan(self, plan: StepPlan, chunks: Sequence[PrefillChunk]) -> None:
-        """Raises ValueError for what the executor must not ask for."""
-        ids = {chunk.sequence_id for chunk in chunks}
-        if len(ids) != len(chunks):
-            raise ValueError("a sequence stands in the plan twice")
-        if not 1 <= len(chunks) <= self._config.max_batch_size:
-            raise ValueError(
-                f"a step takes 1..{self._config.max_batch_size} sequences, not {len(chunks)}"
-            )
-        for chunk in chunks:
+    def _check_plan(self, plan: StepPlan) -> list[_Work]:
+        """What there is to do; raises ValueError for what the executor must not ask for."""
+        work = [_Work(i, self._sequences[i], 1, True) for i in plan.decode]
+        for chunk in plan.prefill:
             sequence = self._sequences[chunk.sequence_id]
-            pending = sequence.num_pending
-            name = f"sequence {chunk.sequence_id}"
-            if not 1 <= chunk.num_tokens <= pending:
-                raise ValueError(f"{name}: {chunk.num_tokens} tokens of {pending} pending ones")
-            if chunk.sample and chunk.num_tokens < pending:
-                raise ValueError(f"{name}: {pending} tokens are pending, so it cannot draw")
-            if chunk.sample and len(sequence.tokens) >= self._config.max_seq_len:
-                raise ValueError(f"{name}: has reached max_seq_len")
+            work.append(_Work(chunk.sequence_id, sequence, chunk.num_tokens, chunk.sample))
+        if len({item.sequence_id for item in work}) != len(work):
+            raise ValueError("a sequence stands in the plan twice")
+        if not 1 <= len(work) <= self._config.max_batch_size:
+            raise ValueError(
+                f"a step takes 1..{self._config.max_batch_size} sequences, not {len(work)}"
+            )
+        for item in work:
+            item.check(self._config.max_seq_len)
+        return work
 
     @torch.inference_mode()
     def _run(self, segments: Sequence[Segment]) -> dict[SequenceId, int]:
@@ -310,11 +329,6 @@ class TorchEngine:
             prefilled={chunk.sequence_id: chunk.num_tokens for chunk in plan.prefill},
             num_recomputed_tokens=num_recomputed,
         )
-
-
-def _segments(chunk: PrefillChunk, sequence: _Sequence, start: int) -> Iterator[Segment]:
-    token_ids = sequence.tokens[start : start + chunk.num_tokens]
-    return split_chunk(chunk.sequence_id, token_ids, sequence.table.block_ids, start, chunk.sample)
 
 
 def _fingerprint(
