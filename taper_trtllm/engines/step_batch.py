@@ -45,13 +45,17 @@ class Segment:
 
 def split_chunk(
     sequence_id: int, token_ids: list[int], block_ids: array[int], start: int, sample: bool
-) -> Iterator[Segment]:
+) -> list[Segment]:
     """Cuts the tokens from position `start` on into segments; `sample` is for the last token."""
     end = start + len(token_ids)
+    if len(token_ids) <= _MAX_QUERIES:
+        return [Segment(sequence_id, token_ids, block_ids, start, end, sample)]
+    segments = []
     for first in range(start, end, _MAX_QUERIES):
         stop = min(first + _MAX_QUERIES, end)
         part = token_ids[first - start : stop - start]
-        yield Segment(sequence_id, part, block_ids, first, stop, sample and stop == end)
+        segments.append(Segment(sequence_id, part, block_ids, first, stop, sample and stop == end))
+    return segments
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -19,68 +16,14 @@ from taper_trtllm.engines.base import (
     StepPlan,
     StepResult,
 )
-from taper_trtllm.engines.checkpoint import Checkpoint, open_checkpoint, random_checkpoint
-from taper_trtllm.engines.kv_cache import BlockPool, BlockTable
+from taper_trtllm.engines.checkpoint import open_checkpoint, random_checkpoint
+from taper_trtllm.engines.fingerprint import fingerprint
+from taper_trtllm.engines.kv_cache import BlockPool
 from taper_trtllm.engines.paged_attention import PagedAttention
 from taper_trtllm.engines.qwen3 import Qwen3Model
 from taper_trtllm.engines.sampling import draw_tokens
-from taper_trtllm.engines.step_batch import Segment, split_chunk
-
-
-@dataclass(slots=True)
-class _Sequence:
-    """A sequence; `tokens[table.num_tokens:]` are pending.
-
-    Attributes:
-        max_computed: Tokens that were ever computed, here or where the sequence was forked from.
-    """
-
-    tokens: list[int]
-    params: SequenceParams
-    table: BlockTable
-    max_computed: int
-
-
-@dataclass(slots=True)
-class _Work:
-    """What a step does with one sequence.
-
-    Attributes:
-        start: Position of the first token to compute.
-    """
-
-    sequence_id: SequenceId
-    sequence: _Sequence
-    num_tokens: int
-    sample: bool
-    start: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.start = self.sequence.table.num_tokens
-
-    def check(self, max_seq_len: int) -> None:
-        """Raises ValueError if the sequence cannot do this."""
-        num_tokens = len(self.sequence.tokens)
-        pending = num_tokens - self.start
-        name = f"sequence {self.sequence_id}"
-        if not 1 <= self.num_tokens <= pending:
-            raise ValueError(f"{name}: {self.num_tokens} tokens of {pending} pending ones")
-        if self.sample and self.num_tokens < pending:
-            raise ValueError(f"{name}: {pending} tokens are pending, so it cannot draw")
-        if self.sample and num_tokens >= max_seq_len:
-            raise ValueError(f"{name}: has reached max_seq_len")
-
-    def segments(self) -> Iterator[Segment]:
-        """The tokens to compute, cut for attention."""
-        token_ids = self.sequence.tokens[self.start : self.start + self.num_tokens]
-        block_ids = self.sequence.table.block_ids
-        return split_chunk(self.sequence_id, token_ids, block_ids, self.start, self.sample)
-
-    def count_recomputed(self) -> int:
-        """Counts tokens that were computed before, and remembers the new ones as computed."""
-        before, end = self.sequence.max_computed, self.start + self.num_tokens
-        self.sequence.max_computed = max(before, end)
-        return max(0, min(before, end) - self.start)
+from taper_trtllm.engines.sequence_work import EngineSequence, SequenceWork
+from taper_trtllm.engines.step_batch import Segment
 
 
 class TorchEngine:
@@ -119,9 +62,9 @@ class TorchEngine:
             self._device,
         )
         self._pool = BlockPool(config.num_kv_blocks, config.tokens_per_block)
-        self._sequences: dict[SequenceId, _Sequence] = {}
+        self._sequences: dict[SequenceId, EngineSequence] = {}
         self._iteration = 0
-        self._fingerprint = _fingerprint(config, checkpoint, self._device)
+        self._fingerprint = fingerprint(config, checkpoint, self._device)
         self._capabilities = EngineCapabilities(
             name="torch",
             granularity="step",
@@ -166,7 +109,7 @@ class TorchEngine:
         """See `Engine`."""
         tokens = list(token_ids)
         self._check_new(sequence_id, tokens)
-        self._sequences[sequence_id] = _Sequence(tokens, params, self._pool.create(family), 0)
+        self._sequences[sequence_id] = EngineSequence(tokens, params, self._pool.create(family), 0)
 
     def fork_sequence(
         self,
@@ -181,7 +124,7 @@ class TorchEngine:
         tokens = [*parent.tokens, *suffix_ids]
         self._check_new(child_id, tokens)
         table = self._pool.fork(parent.table, num_shared_tokens)
-        self._sequences[child_id] = _Sequence(tokens, params, table, parent.max_computed)
+        self._sequences[child_id] = EngineSequence(tokens, params, table, parent.max_computed)
 
     def join_sequence(
         self, parent_id: SequenceId, child_id: SequenceId, suffix_ids: Sequence[int]
@@ -283,12 +226,12 @@ class TorchEngine:
         self._sequences.clear()
         del self._model, self._attention
 
-    def _check_plan(self, plan: StepPlan) -> list[_Work]:
+    def _check_plan(self, plan: StepPlan) -> list[SequenceWork]:
         """What there is to do; raises ValueError for what the executor must not ask for."""
-        work = [_Work(i, self._sequences[i], 1, True) for i in plan.decode]
+        work = [SequenceWork(i, self._sequences[i], 1, True) for i in plan.decode]
         for chunk in plan.prefill:
             sequence = self._sequences[chunk.sequence_id]
-            work.append(_Work(chunk.sequence_id, sequence, chunk.num_tokens, chunk.sample))
+            work.append(SequenceWork(chunk.sequence_id, sequence, chunk.num_tokens, chunk.sample))
         if len({item.sequence_id for item in work}) != len(work):
             raise ValueError("a sequence stands in the plan twice")
         if not 1 <= len(work) <= self._config.max_batch_size:
@@ -329,27 +272,3 @@ class TorchEngine:
             prefilled={chunk.sequence_id: chunk.num_tokens for chunk in plan.prefill},
             num_recomputed_tokens=num_recomputed,
         )
-
-
-def _fingerprint(
-    config: EngineConfig, checkpoint: Checkpoint, device: torch.device
-) -> dict[str, str]:
-    return {
-        "engine": "torch",
-        "model": f"{checkpoint.name}-{checkpoint.digest}",
-        "device": _device_name(device),
-        "dtype": config.dtype,
-        "num_threads": str(config.num_threads),
-        "tokens_per_block": str(config.tokens_per_block),
-        "torch": torch.__version__,
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    """The processor, as far as its kind says: latency profiles do not carry over."""
-    if device.type == "cuda":
-        return f"cuda {torch.cuda.get_device_name(device)}"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{device.type} {names[0] if names else platform.machine()}"
