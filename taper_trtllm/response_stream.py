@@ -16,7 +16,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -117,8 +117,9 @@ class ResponseStreamer:
         """Hands a request to the executor; its outputs go to `sink`.
 
         Raises:
-            RequestError: The executor refuses the request; nothing is sent to `sink`.
-            RuntimeError: The queue is full.
+            RequestError: The executor refuses the request, also because its queue is full; nothing
+                is sent to `sink`.
+            ExecutorClosedError: The executor takes no more requests.
         """
         stream = _Stream(request.request_id, sink, streaming)
         self._executor.submit(request, on_output=partial(self._on_output, stream))
@@ -178,6 +179,8 @@ class ResponseStreamer:
     def _adopt_opened(self, now_s: float) -> None:
         while self._opened:
             stream = self._opened.popleft()
+            if stream.closed:  # it ended before `submit` got here
+                continue
             self._open.add(stream)
             stream.polled_at_s = now_s
             self._schedule_poll(stream, now_s)
@@ -194,7 +197,12 @@ class ResponseStreamer:
             stream.sink.send(output)
         except Exception as error:
             self._log_error(f"request {stream.request_id}: cannot send a response: {error}")
-            self._cancel(stream)
+            if not output.finished:
+                self._cancel(stream)
+            elif output.error is None:  # whatever it was about, the stream must still end
+                message = f"the last response cannot be sent: {error}"
+                self._send(stream, replace(output, finish_reason="error", error=message))
+                return
         if output.finish_reason is not None:
             stream.closed = True
             self._open.discard(stream)

@@ -165,3 +165,45 @@ def test_a_response_that_cannot_be_sent_cancels_the_request(
     executor.emit["r"](RequestOutput("r", finish_reason="cancelled"))
     streamer.close()
     assert "pipe closed" in errors[0]
+
+
+def test_a_last_response_that_cannot_be_sent_becomes_an_error(
+    executor: HandDrivenExecutor, errors: list[str]
+) -> None:
+    class UndecodableSink(RecordingSink):
+        def send(self, output: RequestOutput) -> None:
+            if output.error is None:
+                raise ValueError("no text for this token")
+            super().send(output)
+
+    streamer = ResponseStreamer(executor, lambda change: None, errors.append)
+    sink = UndecodableSink()
+    sink.release.set()
+    request = ForkJoinRequest(request_id="r", input_ids=(1,), max_tokens=9)
+    streamer.submit(request, sink, streaming=False)
+    executor.emit["r"](tokens(1, finish_reason="completed"))
+    assert sink.finished.wait(WAIT_S)
+    streamer.close()
+    assert [output.finish_reason for output in sink.sent] == ["error"]
+    assert "no text for this token" in (sink.sent[0].error or "")
+    assert not executor.cancelled.is_set()
+
+
+def test_a_request_that_ends_while_it_is_submitted_is_answered_once(errors: list[str]) -> None:
+    sink = RecordingSink()
+    sink.release.set()
+
+    class InstantExecutor(HandDrivenExecutor):
+        def submit(
+            self, request: ForkJoinRequest, on_output: Callable[[RequestOutput], None] | None = None
+        ) -> None:
+            super().submit(request, on_output)
+            self.emit["r"](tokens(1, finish_reason="completed"))
+            assert sink.finished.wait(WAIT_S)
+
+    streamer = ResponseStreamer(InstantExecutor(), lambda change: None, errors.append)
+    request = ForkJoinRequest(request_id="r", input_ids=(1,), max_tokens=9)
+    streamer.submit(request, sink, streaming=True)
+    streamer.close()
+    assert len(sink.sent) == 1
+    assert errors == []

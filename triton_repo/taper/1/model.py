@@ -11,7 +11,12 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from taper_trtllm.config import load_config
-from taper_trtllm.executor import ExecutorThread, QueueFullError, TaperExecutor
+from taper_trtllm.executor import (
+    ExecutorClosedError,
+    ExecutorThread,
+    QueueFullError,
+    TaperExecutor,
+)
 from taper_trtllm.metrics import FAMILIES, MetricChange
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import RequestError
@@ -47,7 +52,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._submit(request, sender)
-            except QueueFullError as error:
+            except (ExecutorClosedError, QueueFullError) as error:
                 _send_error(sender, str(error), pb_utils.TritonError.UNAVAILABLE)
             except RequestError as error:
                 _send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
