@@ -8,7 +8,7 @@ goes on. The caller owns the engine and executes what the machine says (`JoinEve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
@@ -150,19 +150,6 @@ class ForkJoinState:
             stage.max_tokens for stage in program if isinstance(stage, SerialStage)
         )
         self._enter_stage(self.root)
-
-    @property
-    def in_serial_stage(self) -> bool:
-        """The request decodes a serial stage of its own."""
-        return self.root.status is BranchStatus.DECODING
-
-    def nodes(self) -> Iterator[BranchNode]:
-        """All branches of the tree as it stands, parents first."""
-        stack = [self.root]
-        while stack:
-            node = stack.pop()
-            yield node
-            stack.extend(reversed(node.children))
 
     def fork(self, node: BranchNode) -> tuple[BranchNode, ...]:
         """Forks the children of a parallel stage, each with its header as its first tokens."""

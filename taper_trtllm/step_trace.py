@@ -41,14 +41,6 @@ class StepLog:
         self._file.close()
 
 
-def write_jsonl(records: Iterable[StepRecord], path: str | Path) -> None:
-    """Writes records, such as an executor's ring, one JSON object in a line."""
-    log = StepLog(path)
-    for record in records:
-        log.write(record)
-    log.close()
-
-
 def chrome_trace(steps: Iterable[dict[str, Any]]) -> dict[str, Any]:
     """A Chrome trace of steps as `record_json` gives them.
 
