@@ -21,7 +21,7 @@ from taper_trtllm.admission import make_policy, predictor_mode
 from taper_trtllm.batch import StepRecord
 from taper_trtllm.config import ConfigError, SchedulerConfig, ServingConfig
 from taper_trtllm.engines import create_engine
-from taper_trtllm.engines.base import Engine, EngineCapabilities, StepResult
+from taper_trtllm.engines.base import Engine, EngineCapabilities, StepPlan, StepResult
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.live_request import LiveRequest, LiveSequence, OutputCallback
 from taper_trtllm.output import BranchOutput, FinishReason, RequestOutput
@@ -105,7 +105,9 @@ class TaperExecutor:
             raise ConfigError("scheduler.max_batch_size exceeds the engine's max_batch_size")
         self._engine = engine
         self._scheduler = scheduler
-        self._limits = limits
+        # The engine's limit counts too: what it cannot hold is refused, not tried.
+        longest = min(limits.max_total_tokens, engine.capabilities.max_seq_len)
+        self._limits = limits.model_copy(update={"max_total_tokens": longest})
         self._slo = slo
         self._clock = clock or engine.now_s
         self._predictor = StepLatencyPredictor(
@@ -131,6 +133,7 @@ class TaperExecutor:
         self._observers: list[Callable[[StepRecord], None]] = []
         self._step_log: StepLog | None = None
         self.records: deque[StepRecord] = deque(maxlen=scheduler.max_step_records)
+        self._num_free_blocks = engine.num_free_blocks  # written by the driving thread alone
 
     @classmethod
     def from_config(cls, config: ServingConfig) -> TaperExecutor:
@@ -222,8 +225,8 @@ class TaperExecutor:
 
     @property
     def num_free_blocks(self) -> int:
-        """KV blocks that nobody holds now."""
-        return self._engine.num_free_blocks
+        """KV blocks that nobody held after the last `run_once`."""
+        return self._num_free_blocks
 
     def add_step_observer(self, observer: Callable[[StepRecord], None]) -> None:
         """Registers a function that the driving thread calls after every step."""
@@ -244,18 +247,29 @@ class TaperExecutor:
     def run_once(self) -> StepRecord | None:
         """One iteration: plan, step, observe. None if there was nothing to compute."""
         started_s = self._clock()
-        self._take_notes()
+        self._end_cancelled(self._take_notes())
         planned = self._plan(started_s)
         if planned.plan.is_empty:
             self._previous_completion_s = None
+            self._num_free_blocks = self._engine.num_free_blocks
             return None
         planned_s = self._clock()
-        for request in self._running:
-            if request.first_scheduled_s is None:
-                request.first_scheduled_s = planned_s
+        self._note_first_scheduled(planned.plan, planned_s)
         result = self._engine.step(planned.plan)
         self._step += 1
-        return self._observe(planned, result, started_s, planned_s)
+        record = self._observe(planned, result, started_s, planned_s)
+        self._num_free_blocks = record.num_free_blocks
+        return record
+
+    def _note_first_scheduled(self, plan: StepPlan, now_s: float) -> None:
+        """A request that has a slot may still wait for prefill tokens."""
+        requests = [r for r in self._running if r.first_scheduled_s is None]
+        if not requests:
+            return
+        scheduled = {*plan.decode, *(chunk.sequence_id for chunk in plan.prefill)}
+        for request in requests:
+            if any(s.sequence_id in scheduled for s in request.sequences()):
+                request.first_scheduled_s = now_s
 
     def _plan(self, now_s: float) -> PlannedStep:
         while True:
@@ -282,11 +296,17 @@ class TaperExecutor:
             self._step_log.close()
 
     def fail_all(self, message: str) -> None:
-        """Ends every open request with an error, and takes no more."""
+        """Ends every open request with an error, and takes no more.
+
+        Sequences are left to the engine's `shutdown`: it may be lost, and nothing is asked of it.
+        """
         self._close(message)
         self._take_notes()
-        for request in [*self._running, *self._waiting]:
-            self._finish(request, "error", error=message)
+        requests = [*self._running, *self._waiting]
+        self._running.clear()
+        self._waiting.clear()
+        for request in requests:
+            self._answer(request, "error", error=message)
 
     def _close(self, because: str) -> None:
         with self._lock:
@@ -294,17 +314,20 @@ class TaperExecutor:
 
     # --------------------------------------------------------------------- intake and start
 
-    def _take_notes(self) -> None:
+    def _take_notes(self) -> set[str]:
+        """Queues what was submitted; returns the ids that were cancelled."""
         with self._lock:
             submissions = list(self._submissions)
-            cancellations = set(self._cancellations)
+            cancelled = set(self._cancellations)
             self._submissions.clear()
             self._cancellations.clear()
-        for submission in submissions:
-            self._waiting.append(self._live(submission))
-        if cancellations:
+        self._waiting.extend(self._live(submission) for submission in submissions)
+        return cancelled
+
+    def _end_cancelled(self, request_ids: set[str]) -> None:
+        if request_ids:
             for request in [*self._running, *self._waiting]:
-                if request.request.request_id in cancellations:
+                if request.request.request_id in request_ids:
                     self._finish(request, "cancelled")
 
     def _live(self, submission: _Submission) -> LiveRequest:
@@ -335,8 +358,8 @@ class TaperExecutor:
             if request.num_reserved_blocks > unreserved:
                 return
             unreserved -= request.num_reserved_blocks
-            self._waiting.popleft()
             request.start(self._engine, self._next_sequence_id, self._step)
+            self._waiting.popleft()  # after the engine: a request is always in one of the lists
             self._running.append(request)
             self._running.sort(key=lambda r: r.family)
             with self._lock:
@@ -344,9 +367,9 @@ class TaperExecutor:
 
     def _requeue(self, request: LiveRequest) -> None:
         """Suspends a request; it comes back when its whole footprint can be reserved."""
+        self._waiting.appendleft(request)  # before the engine: it is in one of the lists
         request.suspend(self._engine)
         request.num_reserved_blocks = self._footprint_blocks(request.request)
-        self._waiting.appendleft(request)
 
     def _next_sequence_id(self) -> int:
         return next(self._sequence_ids)
@@ -418,6 +441,16 @@ class TaperExecutor:
             self._running.remove(request)
         else:
             self._waiting.remove(request)
+        self._answer(request, reason, branches, error)
+
+    def _answer(
+        self,
+        request: LiveRequest,
+        reason: FinishReason,
+        branches: tuple[BranchOutput, ...] = (),
+        error: str | None = None,
+    ) -> None:
+        """The last output of a request goes out."""
         with self._lock:
             del self._open[request.request.request_id]
         metrics = request.metrics(self._epoch_s)

@@ -296,32 +296,31 @@ class LiveRequest:
                 if event.node.index != 0:  # branch 0 is taken over by the join
                     self._forget(engine, event.node)
             else:
-                self._join(engine, event, now_s)
+                self._join(engine, event, now_s, step)
         return outputs
 
     def _record(self, event: TokenEvent, now_s: float) -> BranchOutput:
         serial = event.node is self.state.root
         self.tracker.record_tokens(now_s, len(event.token_ids), serial)
-        if serial:
-            self._end_join_wait(now_s)
-            if event.finish_reason is not None:
-                self.tracker.end_serial_stage()
+        self._end_join_wait(now_s)
+        if serial and event.finish_reason is not None:
+            self.tracker.end_serial_stage()
         return BranchOutput(
             event.node.path, event.stage_index, event.token_ids, event.finish_reason
         )
 
-    def _join(self, engine: Engine, event: JoinEvent, now_s: float) -> None:
-        if self.state.is_finished and event.node is self.state.root:
+    def _join(self, engine: Engine, event: JoinEvent, now_s: float, step: int) -> None:
+        self.stage_width = 0
+        node = event.node
+        if node.status is BranchStatus.DONE and (node.parent is None or node.index != 0):
             self._forget(engine, event.first_child)
-            return  # nothing follows the join: nothing is computed for it
-        parent = self._sequences[event.node]
-        if event.node in self._unforked:
-            self._unforked.remove(event.node)
+            return  # nothing follows in this sequence: nothing is computed for it
+        parent = self._sequences[node]
         child = self._sequences.pop(event.first_child)
         engine.join_sequence(parent.sequence_id, child.sequence_id, event.suffix_ids)
+        parent.last_advanced = step  # it may be ready at once, and has no claim to go first
         self._num_joined_tokens += len(event.suffix_ids)
-        self.stage_width = 0
-        if event.node is self.state.root:
+        if node is self.state.root:
             self._join_began_s = now_s
 
     def _end_join_wait(self, now_s: float) -> None:

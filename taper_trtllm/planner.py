@@ -230,7 +230,7 @@ class StepPlanner:
             for rows, reason in decision.refused
             for i in rows
         )
-        slack_ms = batch.slack_ms[batch.savable]
+        slack_ms = batch.slack_ms[batch.savable & np.isfinite(batch.slack_ms)]
         return PlannedStep(
             plan=plan,
             decision=decision,

@@ -261,6 +261,25 @@ def test_no_ready_leaf_starves(drawn, policy, tau):
     run_to_end(executor, engine)
 
 
+def test_a_branch_that_joins_at_once_does_not_jump_the_queue():
+    """Rule 6: a join of one branch without join tokens leaves nothing to prefill."""
+    hop = (ParallelStage(branches=(Branch(max_tokens=1),)), SerialStage(max_tokens=1))
+    branches = [Branch(header_ids=(i,), max_tokens=20) for i in range(3)]
+    branches.append(Branch(header_ids=(3,), stages=hop * 6))
+    request = ForkJoinRequest(
+        request_id="a", input_ids=(1, 2), stages=(ParallelStage(branches=tuple(branches)),)
+    )
+    # A ceiling that no extra fits under: the baseline alone runs, and rotates.
+    executor = make_executor(ToyEngine(), "step-ceiling:0.01", probe_interval_steps=None)
+    executor.submit(request, Collector())
+    executor.drain()
+    waited: dict[str, int] = {}
+    for record in executor.records:
+        refused = [path for _, path, _ in record.refusals]
+        waited = {path: waited.get(path, 0) + 1 for path in refused}
+        assert max(waited.values(), default=0) < len(branches)
+
+
 @property_test
 @given(drawn=st.lists(requests(), min_size=1, max_size=4), policy=st.sampled_from(SPECS))
 def test_every_refusal_has_a_reason_in_the_record(drawn, policy):
@@ -351,12 +370,65 @@ def test_a_broken_engine_answers_every_open_request():
         executor.submit(plain(f"p{i}"), collector)
     executor.run_once()
     engine.break_next = True
+    engine.release_sequence = None  # a lost engine is not asked for anything any more
     thread = ExecutorThread(executor)
     thread.start()
     thread._thread.join(timeout=30)
     assert {collector.last(f"p{i}").finish_reason for i in range(4)} == {"error"}
     with pytest.raises(ExecutorClosedError, match="fell off the bus"):
         executor.submit(plain("late"))
+
+
+def test_a_request_that_the_engine_refuses_is_answered_too():
+    class RefusingEngine(ToyEngine):
+        def add_sequence(self, *arguments):
+            raise ValueError("no room for a sequence")
+
+    executor = make_executor(RefusingEngine())
+    collector = Collector()
+    executor.submit(plain("a"), collector)
+    thread = ExecutorThread(executor)
+    thread.start()
+    thread._thread.join(timeout=30)
+    assert "no room for a sequence" in collector.last("a").error
+
+
+def test_a_request_longer_than_the_engine_allows_is_refused_at_once():
+    engine = ToyEngine(num_kv_blocks=4096)
+    executor = make_executor(engine)
+    tokens = engine.capabilities.max_seq_len
+    with pytest.raises(RequestError, match=f"max_tokens: {tokens + 1} total tokens exceed"):
+        executor.submit(plain("a", tokens - 4, prompt=5))
+
+
+def test_a_request_is_first_scheduled_when_it_enters_a_step():
+    executor = make_executor(ToyEngine(), max_prefill_tokens=4, max_num_requests=2)
+    collector = Collector()
+    for name in ("a", "b"):  # one prompt fills a step
+        executor.submit(plain(name, 1, prompt=4), collector)
+    executor.drain()
+    first = [collector.last(name).metrics.first_scheduled_time_ns for name in ("a", "b")]
+    assert first[0] < first[1]
+
+
+def test_the_wait_for_a_join_ends_with_the_next_token_of_any_branch():
+    """Two parallel stages in a row, and a branch that ends at a join: nothing goes on in it."""
+    inner = ParallelStage(branches=(Branch(max_tokens=1), Branch(max_tokens=1)))
+    outer = ParallelStage(
+        branches=(Branch(header_ids=(1,), max_tokens=9), Branch(header_ids=(2,), stages=(inner,)))
+    )
+    request = ForkJoinRequest(
+        request_id="a", input_ids=(1, 2, 3), stages=(outer, outer, SerialStage(max_tokens=1))
+    )
+    executor = make_executor(ToyEngine(), "irp-eager", probe_interval_steps=None)
+    collector = Collector()
+    executor.submit(request, collector)
+    executor.drain()
+    metrics = collector.last("a").metrics
+    assert metrics.num_joined_tokens == 2 * (1 + 2)  # of the outer joins alone
+    steps = [r.step_ms for r in executor.records]
+    join_ms = [ms for ms, r in zip(steps, executor.records, strict=True) if not r.num_admitted]
+    assert metrics.join_wait_ms < sum(steps) / 2 and metrics.join_wait_ms >= min(join_ms)
 
 
 def test_a_callback_that_raises_costs_only_its_own_request():
