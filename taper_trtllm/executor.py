@@ -284,8 +284,8 @@ class TaperExecutor:
     def drain(self, timeout_s: float | None = None) -> None:
         """Takes no more requests and runs those that are open, until done or out of time."""
         self._close("the server is shutting down")
-        deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
-        while self.num_open_requests and (deadline_s is None or time.monotonic() < deadline_s):
+        deadline_s = None if timeout_s is None else self._clock() + timeout_s
+        while self.num_open_requests and (deadline_s is None or self._clock() < deadline_s):
             self.run_once()
 
     def shutdown(self) -> None:

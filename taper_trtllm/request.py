@@ -40,7 +40,10 @@ class _Model(BaseModel):
 
 
 class SamplingParams(_Model):
-    """How tokens are drawn. Draws are seeded by branch and position, never by schedule."""
+    """How tokens are drawn. Draws are seeded by branch and position, never by schedule.
+
+    `ignore_eos` takes back `end_id`; `stop_token_ids` hold all the same, as in TensorRT-LLM.
+    """
 
     temperature: Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)] = 0.0
     top_k: Annotated[StrictInt, Field(ge=0)] = 0
@@ -53,9 +56,7 @@ class SamplingParams(_Model):
     @property
     def stop_ids(self) -> frozenset[int]:
         """Token ids that end a stage; the token itself is kept in the output."""
-        if self.ignore_eos:
-            return frozenset()
-        end = () if self.end_id is None else (self.end_id,)
+        end = () if self.end_id is None or self.ignore_eos else (self.end_id,)
         return frozenset((*self.stop_token_ids, *end))
 
 

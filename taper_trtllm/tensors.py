@@ -149,6 +149,8 @@ def _prompt_ids(
         raise RequestError("input_ids", "give exactly one of input_ids and text_input")
     if "text_input" in tensors:
         text = _scalar(tensors, "text_input")
+        if not text:
+            raise RequestError("text_input", "must not be empty")
         return encode_text(tokenizer, "text_input", text, is_prompt=True)
     num_tokens = tensors["input_ids"].size
     if num_tokens > max_prompt_tokens:  # before millions of ids become Python objects

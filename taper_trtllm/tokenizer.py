@@ -118,10 +118,12 @@ def encode_text(
     """Token ids of a text in a request.
 
     Raises:
-        RequestError: Names `field`; the model has no tokenizer.
+        RequestError: Names `field`; the model has no tokenizer, or it is not valid text.
     """
     if tokenizer is None:
         raise RequestError(field, "the served model has no tokenizer; send token ids")
+    if any("\ud800" <= character <= "\udfff" for character in text):  # JSON lets these through
+        raise RequestError(field, "not valid Unicode (a surrogate without its pair)")
     return tokenizer.encode(text, add_special_tokens=is_prompt)
 
 

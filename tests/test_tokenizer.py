@@ -97,6 +97,7 @@ def test_texts_of_a_program_become_ids() -> None:
     [
         ({"header_text": "a"}, None, "stages[0].branches[1].header_text"),
         ({"header_text": "a", "header_ids": [1]}, ByteTokenizer(), "stages[0].branches[1]."),
+        ({"header_text": "\ud800"}, ByteTokenizer(), "stages[0].branches[1].header_text"),
     ],
 )
 def test_texts_that_cannot_be_resolved_name_the_field(
