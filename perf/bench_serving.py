@@ -97,8 +97,7 @@ async def run_benchmark(
         after = await _scrape(config.metrics_url)
     finally:
         await client.close()
-    rate = config.workload.request_rate
-    window_s = 0.0 if math.isinf(rate) else config.workload.num_prompts / rate
+    window_s = workload.requests[-1].arrival_s
     result = {
         **_header(config, after.policy),
         "dropped": workload.dropped,
@@ -125,6 +124,7 @@ async def _warm_up(client: grpcclient.InferenceServerClient, config: BenchConfig
     errors = [record.error for record in records if record.error]
     if len(errors) == len(records):
         raise ServerUnavailableError(f"every warm-up request failed; the first: {errors[0]}")
+    await asyncio.sleep(_EXPORT_DELAY_S)
 
 
 async def _scrape(url: str) -> MetricsPage:

@@ -245,7 +245,8 @@ def regime_of(
         ProfileError: The profile cannot be read.
         TraceError: The trace cannot be read.
     """
-    predictor = StepLatencyPredictor(load_profile(profile), mode="uncorrected")
+    width = max(base.scheduler.max_batch_size, MAX_NUM_REQUESTS)
+    predictor = StepLatencyPredictor(load_profile(profile), width, mode="uncorrected")
     costs = trace_costs(dataset_path, length_scale, prompt_scale, base.limits, base.engine)
     return fix_regime(predictor, costs, base, length_scale, prompt_scale)
 
