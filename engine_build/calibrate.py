@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from taper_trtllm import __version__
-from taper_trtllm.config import ServingConfig, load_config
+from taper_trtllm.config import ConfigError, ServingConfig, load_config
 from taper_trtllm.engines import create_engine
 from taper_trtllm.engines.base import Engine, PrefillChunk, SequenceParams, StepPlan
 from taper_trtllm.predictor import StepLatencyPredictor
@@ -27,6 +27,9 @@ from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 from taper_trtllm.request import SamplingParams
 
 _PREFILL_CHUNK = 512
+_PREFILL_WIDTH = 8  # sequences that decode beside a measured prefill
+_PREFILL_BESIDE_CONTEXT = 128
+_MAX_CHUNKS = 4
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,12 @@ class Calibrator:
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
 
     def measure(self, provenance: dict[str, str]) -> tuple[LatencyProfile, FitReport]:
-        """Runs the whole grid."""
+        """Runs the whole grid.
+
+        Raises:
+            ConfigError: The engine is too small for it.
+        """
+        self._check_size()
         decode = tuple(self._measure_decode())
         profile = LatencyProfile(
             fingerprint=dict(self.engine.fingerprint),
@@ -107,6 +115,24 @@ class Calibrator:
         """Repetitions of `measure`, for a progress bar."""
         num_points = len(self._levels()) + 2 * len(self._prefill_cases())
         return self.grid.repetitions * num_points + self.grid.num_checks
+
+    def _check_size(self) -> None:
+        capabilities = self.engine.capabilities
+        longest = max(self.grid.prefill_contexts) + max(self.grid.prefill_tokens)
+        num_steps = (self.grid.repetitions + 1) * len(self._prefill_cases())
+        num_tokens = 2 * longest + _PREFILL_WIDTH * (_PREFILL_BESIDE_CONTEXT + num_steps)
+        num_tails = _PREFILL_WIDTH + _MAX_CHUNKS + 2
+        for name, has, needed in (
+            ("max_seq_len", capabilities.max_seq_len, longest + 2),
+            ("max_batch_size", capabilities.max_batch_size, _PREFILL_WIDTH + _MAX_CHUNKS),
+            (
+                "num_kv_blocks",
+                capabilities.num_kv_blocks,
+                num_tokens // capabilities.tokens_per_block + num_tails,
+            ),
+        ):
+            if has < needed:
+                raise ConfigError(f"engine.{name}: {has} is too small to calibrate, needs {needed}")
 
     # ---- decode
 
@@ -157,8 +183,8 @@ class Calibrator:
     # ---- prefill
 
     def _measure_prefill(self) -> Iterator[PrefillPoint]:
-        width = min(8, self.engine.capabilities.max_batch_size - 4)
-        decoding = self._make_sequences([128] * width)
+        width = _PREFILL_WIDTH
+        decoding = self._make_sequences([_PREFILL_BESIDE_CONTEXT] * width)
         base = self._make_sequences([max(self.grid.prefill_contexts) + 1])[0]
         cases = itertools.product((0, width), self._prefill_cases())
         for beside, (context, num_tokens, num_chunks) in cases:
@@ -186,7 +212,7 @@ class Calibrator:
             (context, num_tokens, num_chunks)
             for context in self.grid.prefill_contexts
             for num_tokens in sizes
-            for num_chunks in (1, 4)
+            for num_chunks in (1, _MAX_CHUNKS)
             if num_chunks == 1 or num_tokens < max(sizes)
         ]
 
