@@ -31,7 +31,7 @@ LENGTH_SCALE = 0.25  # a request then lasts about a second on the small model
 # target's share of prefill.
 PROMPT_SCALE = LENGTH_SCALE / 3
 MAX_NUM_REQUESTS = 16  # request slots
-TPOT_SLO_STEPS = 3.5  # tau, in steps of a single sequence
+TPOT_SLO_STEPS = 4.0  # tau, in steps of a single sequence
 TTFT_SLO_TPOTS = 67  # Y in tau: 2 s for 30 ms, a usual pair of objectives
 CHUNK_STEP_TPOTS = 2.0  # longest step with a prefill chunk, in tau
 KV_POOL_FOOTPRINTS = 2.0  # per slot: one for the request itself, one for branches beside it

@@ -30,23 +30,14 @@ from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.profile import LatencyProfile, load_profile
 from taper_trtllm.request import (
     ForkJoinRequest,
-    RequestError,
     RequestLimits,
     SloTarget,
-    check_request,
 )
+from taper_trtllm.request_gate import RequestGate
 from taper_trtllm.slo import SlackTracker
 from taper_trtllm.step_trace import StepLog
 
 logger = logging.getLogger(__name__)
-
-
-class QueueFullError(RequestError):
-    """The waiting queue is at its limit."""
-
-
-class ExecutorClosedError(RuntimeError):
-    """The executor takes no more requests."""
 
 
 class RequestHandle:
@@ -105,9 +96,6 @@ class TaperExecutor:
             raise ConfigError("scheduler.max_batch_size exceeds the engine's max_batch_size")
         self._engine = engine
         self._scheduler = scheduler
-        # The engine's limit counts too: what it cannot hold is refused, not tried.
-        longest = min(limits.max_total_tokens, engine.capabilities.max_seq_len)
-        self._limits = limits.model_copy(update={"max_total_tokens": longest})
         self._slo = slo
         self._clock = clock or engine.now_s
         self._predictor = StepLatencyPredictor(
@@ -120,8 +108,7 @@ class TaperExecutor:
         self._lock = threading.Lock()
         self._submissions: deque[_Submission] = deque()
         self._cancellations: deque[str] = deque()
-        self._open: dict[str, bool] = {}  # request id -> it was started
-        self._closed_because: str | None = None
+        self._gate = RequestGate(limits, engine.capabilities)
         self._wake = threading.Event()
         # Owned by the driving thread.
         self._waiting: deque[LiveRequest] = deque()
@@ -186,22 +173,11 @@ class TaperExecutor:
             QueueFullError: The waiting queue is at its limit.
             ExecutorClosedError: After `drain` or `shutdown`.
         """
-        capabilities = self._engine.capabilities
-        check_request(request, self._limits, capabilities.vocab_size)
-        if self._footprint_blocks(request) > capabilities.num_kv_blocks:
-            raise RequestError("stages", "needs more KV cache than the engine has")
+        self._gate.check(request)
         handle = RequestHandle(request.request_id)
         arrival_s = self._clock() if arrival_s is None else arrival_s
         with self._lock:
-            if self._closed_because is not None:
-                raise ExecutorClosedError(self._closed_because)
-            if request.request_id in self._open:
-                raise RequestError("request_id", f"{request.request_id!r} is already in use")
-            num_waiting = sum(not started for started in self._open.values())
-            if num_waiting >= self._limits.max_queue_length:
-                limit = self._limits.max_queue_length
-                raise QueueFullError("request", f"the queue is full ({limit} requests wait)")
-            self._open[request.request_id] = False
+            self._gate.enter(request.request_id)
             self._submissions.append(_Submission(request, on_output or handle.put, arrival_s))
         self._wake.set()
         return handle
@@ -215,13 +191,13 @@ class TaperExecutor:
     def is_running(self, request_id: str) -> bool | None:
         """True once it was started, False while it is queued, None if it is not open."""
         with self._lock:
-            return self._open.get(request_id)
+            return self._gate.is_started(request_id)
 
     @property
     def num_open_requests(self) -> int:
         """Requests that have not had their last output."""
         with self._lock:
-            return len(self._open)
+            return self._gate.num_open
 
     @property
     def num_free_blocks(self) -> int:
@@ -310,7 +286,7 @@ class TaperExecutor:
 
     def _close(self, because: str) -> None:
         with self._lock:
-            self._closed_because = self._closed_because or because
+            self._gate.close(because)
 
     # --------------------------------------------------------------------- intake and start
 
@@ -363,7 +339,7 @@ class TaperExecutor:
             self._running.append(request)
             self._running.sort(key=lambda r: r.family)
             with self._lock:
-                self._open[request.request.request_id] = True
+                self._gate.start(request.request.request_id)
 
     def _requeue(self, request: LiveRequest) -> None:
         """Suspends a request; it comes back when its whole footprint can be reserved."""
@@ -452,7 +428,7 @@ class TaperExecutor:
     ) -> None:
         """The last output of a request goes out."""
         with self._lock:
-            del self._open[request.request.request_id]
+            self._gate.leave(request.request.request_id)
         metrics = request.metrics(self._epoch_s)
         self._emit(
             request,
@@ -503,12 +479,22 @@ class TaperExecutor:
 
 
 class ExecutorThread:
-    """Drives an executor until it is stopped."""
+    """Drives an executor until it is stopped.
+
+    Args:
+        executor: Driven from now on by this thread alone.
+        after_turn: Called on the thread after every `run_once`, and once more at the end.
+    """
 
     _IDLE_WAIT_S = 0.05
 
-    def __init__(self, executor: TaperExecutor) -> None:
+    def __init__(
+        self,
+        executor: TaperExecutor,
+        after_turn: Callable[[StepRecord | None], None] = lambda record: None,
+    ) -> None:
         self._executor = executor
+        self._after_turn = after_turn
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="taper-executor", daemon=True)
         self.error: BaseException | None = None
@@ -526,10 +512,13 @@ class ExecutorThread:
         executor = self._executor
         try:
             while not self._stop.is_set():
-                if executor.run_once() is None:
+                record = executor.run_once()
+                self._after_turn(record)
+                if record is None:
                     executor.wait_for_work(self._IDLE_WAIT_S)
         except Exception as error:
             logger.exception("the engine failed")
             self.error = error
             executor.fail_all(f"the engine failed: {error}")
         executor.shutdown()
+        self._after_turn(None)

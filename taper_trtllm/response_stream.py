@@ -21,6 +21,7 @@ from functools import partial
 from typing import Protocol
 
 from taper_trtllm.batch import StepRecord
+from taper_trtllm.executor_process import ExecutorProcess
 from taper_trtllm.metrics import MetricChange, ServingMetrics
 from taper_trtllm.output import BranchOutput, RequestOutput
 from taper_trtllm.request import ForkJoinRequest
@@ -45,28 +46,6 @@ class ResponseSink(Protocol):
         """The client has cancelled or disconnected."""
 
 
-class StreamExecutor(Protocol):
-    """What streaming needs of the executor; all of it may be called from any thread."""
-
-    @property
-    def num_free_blocks(self) -> int:
-        """Free KV blocks now."""
-
-    def submit(
-        self, request: ForkJoinRequest, on_output: Callable[[RequestOutput], None] | None = None
-    ) -> object:
-        """Queues a request; `on_output` is called on the executor's thread."""
-
-    def cancel(self, request_id: str) -> None:
-        """Ends a request and its family at the next step."""
-
-    def is_running(self, request_id: str) -> bool | None:
-        """True if it was started, False if it is queued, None if it is unknown."""
-
-    def add_step_observer(self, observer: Callable[[StepRecord], None]) -> None:
-        """`observer` is called on the executor's thread after each step."""
-
-
 @dataclass(slots=True, eq=False)
 class _Stream:
     request_id: str
@@ -83,7 +62,7 @@ class ResponseStreamer:
 
     def __init__(
         self,
-        executor: StreamExecutor,
+        executor: ExecutorProcess,
         export_change: Callable[[MetricChange], None],
         log_error: Callable[[str], None],
     ) -> None:
@@ -136,7 +115,7 @@ class ResponseStreamer:
         self._thread.join()
 
     def _on_output(self, stream: _Stream, output: RequestOutput) -> None:
-        """On the executor's thread: must stay as cheap as this."""
+        """On the executor's reader thread: must stay as cheap as this."""
         stream.pending.append(output)
         if stream.streaming or output.finished:
             self._dirty.append(stream)

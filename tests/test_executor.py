@@ -14,12 +14,7 @@ from toy_engine import ToyEngine, next_token, toy_profile
 from taper_trtllm.admission import POLICIES
 from taper_trtllm.batch import RefusalReason
 from taper_trtllm.config import SchedulerConfig
-from taper_trtllm.executor import (
-    ExecutorClosedError,
-    ExecutorThread,
-    QueueFullError,
-    TaperExecutor,
-)
+from taper_trtllm.executor import ExecutorThread, TaperExecutor
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import (
@@ -31,6 +26,7 @@ from taper_trtllm.request import (
     SerialStage,
     SloTarget,
 )
+from taper_trtllm.request_gate import ExecutorClosedError, QueueFullError
 from taper_trtllm.step_trace import chrome_trace
 
 SPECS = [p.replace(":N", ":2").replace(":F", ":0.9") for p in POLICIES]

@@ -11,15 +11,11 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from taper_trtllm.config import load_config
-from taper_trtllm.executor import (
-    ExecutorClosedError,
-    ExecutorThread,
-    QueueFullError,
-    TaperExecutor,
-)
+from taper_trtllm.executor_process import ExecutorProcess
 from taper_trtllm.metrics import FAMILIES, MetricChange
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import RequestError
+from taper_trtllm.request_gate import ExecutorClosedError, QueueFullError
 from taper_trtllm.response_stream import ResponseStreamer
 from taper_trtllm.tensors import INPUT_NAMES, TextDecoder, decode_request, encode_output
 from taper_trtllm.tokenizer import load_tokenizer
@@ -36,15 +32,13 @@ class TritonPythonModel:
         default = Path(args["model_repository"]) / "config.yaml"
         self._config = load_config(os.environ.get("TAPER_CONFIG", default))
         self._tokenizer = load_tokenizer(self._config.engine)
-        self._executor = TaperExecutor.from_config(self._config)
+        self._executor = ExecutorProcess(self._config)
         exporter = _MetricExporter(
             model=args["model_name"],
             version=args["model_version"],
             policy=self._executor.policy_name,
         )
         self._streamer = ResponseStreamer(self._executor, exporter.apply, pb_utils.Logger.log_error)
-        self._thread = ExecutorThread(self._executor)
-        self._thread.start()
 
     def execute(self, requests: list[Any]) -> None:
         """Queues requests; each is answered on its own stream, whatever happens to the others."""
@@ -63,7 +57,7 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Called when Triton has waited for requests to end; answers those that have not."""
-        self._thread.stop()
+        self._executor.stop()
         self._streamer.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
