@@ -93,7 +93,8 @@ class ExecutorProcess:
         )
         theirs.close()
         self._connection = Connection(ours.detach())
-        self._lock = threading.Lock()  # the gate, the callbacks, and sending
+        self._lock = threading.Lock()  # the gate and the callbacks
+        self._sending = threading.Lock()
         self._connection.send(config)
         ready = self._first_message()
         self.capabilities = ready.capabilities
@@ -127,12 +128,11 @@ class ExecutorProcess:
         with self._lock:
             self._gate.enter(request.request_id)
             self._callbacks[request.request_id] = on_output
-            self._send(_Submit(request))
+        self._send(_Submit(request))
 
     def cancel(self, request_id: str) -> None:
         """Ends a request and its whole family before the next step; unknown ids are ignored."""
-        with self._lock:
-            self._send(_Cancel(request_id))
+        self._send(_Cancel(request_id))
 
     def is_running(self, request_id: str) -> bool | None:
         """True once it was started, False while it is queued, None if it is not open."""
@@ -147,14 +147,15 @@ class ExecutorProcess:
         """Ends the process; open requests are answered with an error."""
         with self._lock:
             self._gate.close("the server is shutting down")
-            self._send(_Stop())
+        self._send(_Stop())
         self._reader.join(_EXIT_TIMEOUT_S)
         self._process.kill()
         self._process.wait()
 
     def _send(self, message: object) -> None:
         try:
-            self._connection.send(message)
+            with self._sending:
+                self._connection.send(message)
         except OSError:
             logger.debug("the executor process is gone; its reader answers what is open")
 
@@ -166,11 +167,15 @@ class ExecutorProcess:
                 self._take(self._connection.recv())
         except (EOFError, OSError):
             self._answer_open("the executor process ended")
+        except Exception as error:  # nobody would read on: better an answer than none
+            logger.exception("the executor's messages cannot be taken")
+            self._answer_open(f"the server failed: {error}")
 
     def _take(self, turn: _Turn) -> None:
         with self._lock:
             for request_id in turn.started_ids:
-                self._gate.start(request_id)
+                if request_id in self._callbacks:  # else it has ended already
+                    self._gate.start(request_id)
             callbacks = [self._callbacks[output.request_id] for output in turn.outputs]
             for output in turn.outputs:
                 if output.finished:
@@ -228,11 +233,10 @@ class _Worker:
         self._thread.stop()
 
     def _submit(self, request: ForkJoinRequest) -> None:
-        self._waiting.add(request.request_id)
         try:
             self._executor.submit(request, self._outputs.append)
+            self._waiting.add(request.request_id)
         except (RequestError, ExecutorClosedError) as error:  # the engine has failed meanwhile
-            self._waiting.discard(request.request_id)
             self._outputs.append(
                 RequestOutput(request.request_id, finish_reason="error", error=str(error))
             )

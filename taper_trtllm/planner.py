@@ -210,7 +210,8 @@ class StepPlanner:
         batch = self._batch(ready, budget, prefill, len(chunks), now_s)
         is_probe = self._probe_is_due()
         decision = self._policy.admit(batch, extras_allowed=not is_probe)
-        self._baseline_ms = decision.baseline_ms
+        if not prefill.num_tokens:  # a chunk's own time says nothing about the steps to come
+            self._baseline_ms = decision.baseline_ms
         is_probe = is_probe and batch.num_leaves > batch.num_requests
         if len(decision.extras) or is_probe:
             self._num_steps_with_extras += 1
