@@ -84,6 +84,9 @@ def server_figures(before: MetricsPage, after: MetricsPage) -> dict[str, float |
         "mean_branch_externality_ms": milliseconds(
             ratio(increase(names.EXTERNALITY_REALISED), branched_steps)
         ),
+        "mean_probe_residual_ms": milliseconds(
+            ratio(increase(names.PROBE_RESIDUAL), increase(names.PROBE_STEPS))
+        ),
         "predictor_mape": mean(names.PREDICTION_ERROR),
         "kv_cache_hit_rate": ratio(reused, reused + increase(names.PREFILL_TOKENS)),
         "num_recomputed_tokens": increase(names.RECOMPUTED_TOKENS),

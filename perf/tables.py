@@ -31,6 +31,7 @@ _ROWS: tuple[tuple[str, tuple[str, ...], str], ...] = (
     ("deferred branch steps", ("num_deferred_branch_steps",), ".0f"),
     ("externality, predicted (ms/step)", ("mean_predicted_branch_externality_ms",), ".2f"),
     ("externality, realised (ms/step)", ("mean_branch_externality_ms",), ".2f"),
+    ("probes: measured - predicted T0 (ms)", ("mean_probe_residual_ms",), ".2f"),
     ("failed requests", ("failed",), ".0f"),
 )
 

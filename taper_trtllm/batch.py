@@ -110,11 +110,6 @@ class AdmissionDecision:
     step_ms: float
     budget_ms: float
 
-    @property
-    def branch_externality_ms(self) -> float:
-        """Predicted excess latency of the extras; may be negative where T is a staircase."""
-        return self.step_ms - self.baseline_ms
-
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:

@@ -9,7 +9,6 @@ nor histograms can hold, so its sums are gauges: they may fall, and their differ
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -38,6 +37,7 @@ ADMITTED_BRANCHES = "taper_admitted_branches_total"
 DEFERRED_BRANCHES = "taper_deferred_branches_total"
 PREEMPTED_SEQUENCES = "taper_preempted_sequences_total"
 PROBE_STEPS = "taper_probe_steps_total"
+PROBE_RESIDUAL = "taper_probe_residual_seconds"
 BRANCHED_STEPS = "taper_branched_steps_total"
 EXTERNALITY_PREDICTED = "taper_branch_externality_predicted_seconds_sum"
 EXTERNALITY_REALISED = "taper_branch_externality_realised_seconds_sum"
@@ -86,7 +86,8 @@ class MetricChange:
 
 
 _REASONS = ("reason", tuple(reason.value for reason in RefusalReason))
-_FINISH_REASONS = ("finish_reason", ("completed", "cancelled", "error"))
+_REFUSED = "refused"
+_FINISH_REASONS = ("finish_reason", ("completed", "cancelled", "error", _REFUSED))
 
 FAMILIES: tuple[MetricFamily, ...] = (
     MetricFamily(REQUESTS, "counter", "Ended requests", label=_FINISH_REASONS),
@@ -113,6 +114,7 @@ FAMILIES: tuple[MetricFamily, ...] = (
     MetricFamily(DEFERRED_BRANCHES, "counter", "Ready branches left out, per step", label=_REASONS),
     MetricFamily(PREEMPTED_SEQUENCES, "counter", "Sequences whose KV was dropped"),
     MetricFamily(PROBE_STEPS, "counter", "Baseline-only probe iterations"),
+    MetricFamily(PROBE_RESIDUAL, "gauge", "Sum of T minus predicted T0 of probes (signed)"),
     MetricFamily(BRANCHED_STEPS, "counter", "Iterations with extras"),
     MetricFamily(EXTERNALITY_PREDICTED, "gauge", "Sum of predicted branch externality (signed)"),
     MetricFamily(EXTERNALITY_REALISED, "gauge", "Sum of realised branch externality (signed)"),
@@ -178,6 +180,11 @@ class ServingMetrics:
         self._count(SLO_ATTAINED if metrics.slo_met else SLO_MISSED, 1)
         self._observe_timings(metrics)
 
+    def record_refusal(self) -> None:
+        """Adds one request that was not let in: a miss as well."""
+        self._count(REQUESTS, 1, _REFUSED)
+        self._count(SLO_MISSED, 1)
+
     def record_cancel(self, seconds: float) -> None:
         """Adds the time from seeing a client's cancel to the end of its family."""
         self._observe(CANCEL_LATENCY, seconds)
@@ -218,15 +225,17 @@ class ServingMetrics:
 
     def _add_externality(self, record: StepRecord) -> None:
         predicted, realised = record.predicted_externality_ms, record.realised_externality_ms
-        if not record.num_extras or predicted is None or realised is None:
+        if predicted is None or realised is None:
             return
-        self._count(BRANCHED_STEPS, 1)
-        sums: Mapping[str, float] = {
-            EXTERNALITY_PREDICTED: predicted,
-            EXTERNALITY_REALISED: realised,
-        }
-        for name, value_ms in sums.items():
-            self._gauges[name] = self._gauges.get(name, 0.0) + value_ms / 1e3
+        if record.is_probe:
+            self._add(PROBE_RESIDUAL, realised)
+        elif record.num_extras:
+            self._count(BRANCHED_STEPS, 1)
+            self._add(EXTERNALITY_PREDICTED, predicted)
+            self._add(EXTERNALITY_REALISED, realised)
+
+    def _add(self, name: str, value_ms: float) -> None:
+        self._gauges[name] = self._gauges.get(name, 0.0) + value_ms / 1e3
 
     def _observe_timings(self, metrics: RequestMetrics) -> None:
         for name, value_ms in (

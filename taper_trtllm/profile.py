@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from taper_trtllm.batch import PrefillLoad
 
@@ -68,6 +68,15 @@ class LatencyProfile(_Model):
     width_buckets: tuple[int, ...] | None = None
     decode: Annotated[tuple[DecodePoint, ...], Field(min_length=4)]
     prefill: Annotated[tuple[PrefillPoint, ...], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _can_be_fitted(self) -> LatencyProfile:
+        contexts: dict[int, set[int]] = {}
+        for point in self.decode:
+            contexts.setdefault(point.width, set()).add(point.context_tokens)
+        if len(contexts) < 2 or any(len(values) < 2 for values in contexts.values()):
+            raise ValueError("decode needs at least two widths, each at two contexts")
+        return self
 
     def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
         """Refuses a profile of something else.

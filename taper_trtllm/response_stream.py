@@ -81,6 +81,7 @@ class ResponseStreamer:
         self._opened: deque[_Stream] = deque()
         self._dirty: deque[_Stream] = deque()
         self._steps: deque[StepRecord] = deque()
+        self._refusals: deque[str] = deque()
         self._wake = threading.Event()
         self._closing = False
         # Sender thread only.
@@ -104,6 +105,10 @@ class ResponseStreamer:
         self._executor.submit(request, on_output=partial(self._on_output, stream))
         self._opened.append(stream)
         self._wake.set()
+
+    def count_refusal(self, request_id: str) -> None:
+        """A request was answered with an error and never submitted."""
+        self._refusals.append(request_id)
 
     def close(self) -> None:
         """Sends what is left, ends every open request with an error, and stops the thread.
@@ -214,6 +219,9 @@ class ResponseStreamer:
     def _update_metrics(self, now_s: float) -> None:
         for _ in range(len(self._steps)):
             self._metrics.record_step(self._steps.popleft())
+        for _ in range(len(self._refusals)):
+            self._refusals.popleft()
+            self._metrics.record_refusal()
         if now_s >= self._state_due_s:
             self._state_due_s = now_s + _STATE_INTERVAL_S
             running = [self._executor.is_running(stream.request_id) for stream in self._open]

@@ -82,7 +82,7 @@ def decode_request(
     fields: dict[str, Any] = {
         "request_id": request_id,
         "input_ids": _prompt_ids(tensors, tokenizer, config.limits.max_prompt_tokens),
-        "sampling": _sampling(tensors),
+        "sampling": _sampling(tensors, tokenizer),
         "slo": _slo(tensors, config),
         "max_tokens": _scalar(tensors, "max_tokens"),
     }
@@ -161,8 +161,9 @@ def _prompt_ids(
     return ids
 
 
-def _sampling(tensors: Mapping[str, Array]) -> dict[str, Any]:
-    sampling = {
+def _sampling(tensors: Mapping[str, Array], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    sampling: dict[str, Any] = {"end_id": tokenizer.end_id if tokenizer is not None else None}
+    sampling |= {
         field: value
         for tensor, field in _SAMPLING_FIELDS.items()
         if (value := _scalar(tensors, tensor)) is not None

@@ -22,6 +22,9 @@ _MAX_HELD_TOKENS = 16  # more can only be bytes that are not text
 class Tokenizer(Protocol):
     """What serving needs of a tokenizer."""
 
+    end_id: int | None
+    """Token that ends a text, unless the request names another; None if there is none."""
+
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; with the model's own prefix for the beginning of a prompt."""
 
@@ -31,6 +34,8 @@ class Tokenizer(Protocol):
 
 class ByteTokenizer:
     """UTF-8 bytes, for the random model: id = byte; ids above 255 stand for no text."""
+
+    end_id: int | None = None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """The text's bytes."""
@@ -53,6 +58,7 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer  # the extra `tokenizer`; byte ids need none
 
         self._tokenizer: Any = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+        self.end_id: int | None = self._tokenizer.eos_token_id
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """See `Tokenizer.encode`."""

@@ -46,14 +46,9 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 self._submit(request, sender)
-            except (ExecutorClosedError, QueueFullError) as error:
-                _send_error(sender, str(error), pb_utils.TritonError.UNAVAILABLE)
-            except RequestError as error:
-                _send_error(sender, str(error), pb_utils.TritonError.INVALID_ARG)
             except Exception as error:
-                _send_error(
-                    sender, f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL
-                )
+                _send_error(sender, *_describe(error))
+                self._streamer.count_refusal(request.request_id())
 
     def finalize(self) -> None:
         """Called when Triton has waited for requests to end; answers those that have not."""
@@ -138,6 +133,15 @@ def _check_tensors() -> None:
             f"Triton's Python stub corrupts tensors under numpy {np.__version__} "
             f"(sent {sent.tolist()}, received {received.tolist()}); install numpy<2"
         )
+
+
+def _describe(error: Exception) -> tuple[str, int]:
+    """Message and code of what kept a request out."""
+    if isinstance(error, ExecutorClosedError | QueueFullError):
+        return str(error), pb_utils.TritonError.UNAVAILABLE
+    if isinstance(error, RequestError):
+        return str(error), pb_utils.TritonError.INVALID_ARG
+    return f"{type(error).__name__}: {error}", pb_utils.TritonError.INTERNAL
 
 
 def _send_error(sender: Any, message: str, code: int) -> None:
