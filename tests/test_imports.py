@@ -1,0 +1,49 @@
+"""What the layers may import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import taper_trtllm
+
+PACKAGE = Path(taper_trtllm.__file__).parent
+FLOORS = [  # imports run downward only
+    {"request", "output", "profile", "batch"},
+    {"config", "slo", "fork_join", "predictor", "kv_budget", "engines.base", "engines.kv_cache"},
+    {"engines", "admission", "live_request", "metrics", "request_gate", "step_trace", "tokenizer"},
+    {"planner", "tensors"},
+    {"executor"},
+    {"executor_process"},
+    {"response_stream"},
+]
+
+
+def test_the_core_needs_numpy_and_pydantic_alone():
+    code = (
+        "import sys, taper_trtllm.executor, taper_trtllm.executor_process;"
+        "heavy = {'torch', 'transformers', 'tritonclient', 'yaml', 'rich', 'matplotlib'};"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def test_imports_run_downward_and_the_decision_is_pure():
+    below: set[str] = set()
+    for floor in FLOORS:
+        for module in floor:
+            path = PACKAGE / module.replace(".", "/")
+            path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+            imported = {
+                node.module or ""
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.ImportFrom)
+            }
+            own = {m.removeprefix("taper_trtllm.") for m in imported if "taper_trtllm." in m}
+            assert own <= below | floor, f"{module} imports upward: {own - below - floor}"
+            if module in {"slo", "fork_join", "predictor", "admission"}:
+                assert not imported & {"time", "torch", "threading", "os", "pathlib"}, module
+        below |= floor
