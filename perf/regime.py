@@ -183,7 +183,7 @@ def fix_regime(
         ttft_slo_ms=TTFT_SLO_TPOTS * tau_ms,
         max_num_requests=MAX_NUM_REQUESTS,
         max_prefill_tokens=_chunk_budget(
-            predictor, context, prefill, CHUNK_STEP_TPOTS * tau_ms, base.engine
+            predictor, context, CHUNK_STEP_TPOTS * tau_ms, base.engine
         ),
         num_kv_blocks=_kv_pool(costs),
         prefill_ms=prefill_ms,
@@ -209,14 +209,12 @@ def _widest_step(
 def _chunk_budget(
     predictor: StepLatencyPredictor,
     context: float,
-    mean_prefill: PrefillLoad,
     limit_ms: float,
     engine: EngineConfig,
 ) -> int:
-    per_token = mean_prefill.token_context / mean_prefill.num_tokens
     budget = block = engine.tokens_per_block
     while budget < engine.max_seq_len:
-        chunk = PrefillLoad(1, budget + block, (budget + block) * per_token)
+        chunk = PrefillLoad(1, budget + block, (budget + block) ** 2 / 2)
         if (
             predictor.predict_step_ms(MAX_NUM_REQUESTS, round(MAX_NUM_REQUESTS * context), chunk)
             > limit_ms

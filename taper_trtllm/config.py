@@ -66,7 +66,8 @@ class SchedulerConfig(_Model):
             its variants (`admission.py`).
         max_num_requests: Requests (programs) running at a time.
         max_batch_size: Sequences in one step.
-        max_prefill_tokens: Prefill tokens in one step (the chunk budget).
+        max_prefill_tokens: Prefill tokens in one step (the chunk budget), counted without context;
+            a token behind a long context counts for as much as it costs more.
         rho: Share of the slack above T0 that a step may spend.
         kappa: Step budget limit, in smallest tau.
         margin: m; deadlines are built on (1 - m) tau.

@@ -102,7 +102,7 @@ class TaperExecutor:
             profile, scheduler.max_batch_size, predictor_mode(scheduler.policy)
         )
         self._policy = make_policy(scheduler.policy, scheduler, self._predictor)
-        self._planner = StepPlanner(engine, self._policy, scheduler, self._requeue)
+        self._planner = StepPlanner(engine, self._policy, self._predictor, scheduler, self._requeue)
         self._epoch_s = time.time() - self._clock()
         # Shared with other threads, under the lock.
         self._lock = threading.Lock()

@@ -18,6 +18,7 @@ from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.engines.base import Engine, PrefillChunk, StepPlan
 from taper_trtllm.kv_budget import KvBudget
 from taper_trtllm.live_request import LiveRequest, LiveSequence, PrefillNeed
+from taper_trtllm.predictor import StepLatencyPredictor
 
 _Ready = dict[LiveRequest, list[LiveSequence]]  # ready leaves of the running requests
 
@@ -55,6 +56,7 @@ class StepPlanner:
     Args:
         engine: Asked for tokens and blocks, never stepped.
         policy: Decides on extras.
+        predictor: Says what a prefill token costs.
         scheduler: Limits of a step.
         suspend: Called with a request whose KV must be given up; requeues it.
     """
@@ -63,11 +65,13 @@ class StepPlanner:
         self,
         engine: Engine,
         policy: AdmissionPolicy,
+        predictor: StepLatencyPredictor,
         scheduler: SchedulerConfig,
         suspend: Callable[[LiveRequest], None],
     ) -> None:
         self._engine = engine
         self._policy = policy
+        self._predictor = predictor
         self._scheduler = scheduler
         self._suspend = suspend
         self._num_steps_with_extras = 0
@@ -161,22 +165,27 @@ class StepPlanner:
     def _plan_prefill(
         self, ready: _Ready, budget: KvBudget
     ) -> tuple[list[PrefillChunk], PrefillLoad]:
-        """Chunks in the order: requests that have begun to answer, then prompts, oldest first."""
-        tokens_left = self._scheduler.max_prefill_tokens
+        """Chunks in the order: requests that have begun to answer, then prompts, oldest first.
+
+        The budget counts tokens without context; those behind a long one count for more.
+        """
+        budget_left = float(self._scheduler.max_prefill_tokens)
         room = self._scheduler.max_batch_size - sum(1 for s in ready.values() if s)
         chunks: list[PrefillChunk] = []
         pairs = 0.0
         for request in sorted(ready, key=lambda r: not r.has_started_decoding):
             for need in request.prefill_needs(self._engine, self._policy.max_width):
-                if tokens_left == 0 or len(chunks) == room:
+                before = self._engine.num_computed_tokens(need.sequence.sequence_id)
+                weight = self._predictor.prefill_token_weight(before)
+                most = int(budget_left / weight) or int(not chunks)  # one at least, or no progress
+                if most == 0 or len(chunks) == room:
                     break
-                num_tokens = min(need.num_tokens, tokens_left)
+                num_tokens = min(need.num_tokens, most)
                 if not self._may_prefill(request, need, num_tokens, budget):
                     continue
                 sample = need.sample and num_tokens == need.num_tokens
                 chunks.append(PrefillChunk(need.sequence.sequence_id, num_tokens, sample))
-                tokens_left -= num_tokens
-                before = self._engine.num_computed_tokens(need.sequence.sequence_id)
+                budget_left -= num_tokens * weight
                 pairs += num_tokens * (before + num_tokens / 2)
         return chunks, PrefillLoad(len(chunks), sum(c.num_tokens for c in chunks), pairs)
 

@@ -94,6 +94,14 @@ class StepLatencyPredictor:
         extra = chunk * load.num_chunks + token * load.num_tokens + pair * load.token_context
         return math.exp(self._prefill_log) * (extra + (base if width == 0 else 0.0))
 
+    def prefill_token_weight(self, context_tokens: float) -> float:
+        """Cost of a prefill token behind a context, in tokens without one.
+
+        It attends to all of the context: behind a long one it takes several times as long.
+        """
+        _, _, token, pair = self._prefill_terms
+        return 1.0 + context_tokens * pair / token if token > 0 else 1.0
+
     @property
     def correction_factor(self) -> float:
         """The factor common to all widths; 1 while nothing was learned."""
