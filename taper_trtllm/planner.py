@@ -8,12 +8,18 @@ are dropped, then the newest request is suspended.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from taper_trtllm.admission import AdmissionPolicy
-from taper_trtllm.batch import AdmissionDecision, BatchState, PrefillLoad, RefusalReason
+from taper_trtllm.batch import (
+    AdmissionDecision,
+    BatchState,
+    IntArray,
+    PrefillLoad,
+    RefusalReason,
+)
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.engines.base import Engine, PrefillChunk, StepPlan
 from taper_trtllm.kv_budget import KvBudget
@@ -94,11 +100,13 @@ class StepPlanner:
         self._num_preempted = 0
         budget = self.budget(running)
         ready = self._ready(running)
-        self._protect(running, ready, budget, now_s)
+        batch = self._batch(ready, now_s)
+        self._protect(running, ready, batch, budget)
         if self._num_preempted:
             ready = self._ready(running)
+            batch = self._batch(ready, now_s)
         chunks, prefill = self._plan_prefill(ready, budget)
-        return self._admit(ready, budget, chunks, prefill, now_s)
+        return self._admit(ready, batch, budget, chunks, prefill)
 
     def _ready(self, running: Sequence[LiveRequest]) -> _Ready:
         return {r: r.ready_sequences(self._engine) for r in running}
@@ -106,12 +114,11 @@ class StepPlanner:
     # -------------------------------------------------------------------------- protection
 
     def _protect(
-        self, running: list[LiveRequest], ready: _Ready, budget: KvBudget, now_s: float
+        self, running: list[LiveRequest], ready: _Ready, batch: BatchState, budget: KvBudget
     ) -> None:
         """Secures memory for one branch of every request: its baseline leaf or its prefill."""
         chosen: dict[LiveRequest, tuple[LiveSequence, int]] = {
-            request: (sequence, 1)
-            for request, sequence in self._baseline(ready, budget, now_s).items()
+            request: (sequence, 1) for request, sequence in self._baseline(ready, batch).items()
         }
         for request in running:
             if not ready[request]:
@@ -124,13 +131,10 @@ class StepPlanner:
                 blocks = self._engine.num_blocks_needed(sequence.sequence_id, num_tokens)
                 self._take_protected(running, request, blocks, budget)
 
-    def _baseline(
-        self, ready: _Ready, budget: KvBudget, now_s: float
-    ) -> dict[LiveRequest, LiveSequence]:
+    def _baseline(self, ready: _Ready, batch: BatchState) -> dict[LiveRequest, LiveSequence]:
         leaves = [s for sequences in ready.values() for s in sequences]
         if not leaves:
             return {}
-        batch = self._batch(ready, budget, PrefillLoad(), 0, now_s)
         requests = [request for request, sequences in ready.items() if sequences]
         rows = self._policy.baseline(batch)
         return {r: leaves[i] for r, i in zip(requests, rows, strict=True)}
@@ -207,16 +211,23 @@ class StepPlanner:
     def _admit(
         self,
         ready: _Ready,
+        batch: BatchState,
         budget: KvBudget,
         chunks: list[PrefillChunk],
         prefill: PrefillLoad,
-        now_s: float,
     ) -> PlannedStep:
         leaves = [s for sequences in ready.values() for s in sequences]
         if not leaves:
             plan = StepPlan(prefill=tuple(chunks))
             return PlannedStep(plan, None, prefill, (), (), 0, None, self._num_preempted, False)
-        batch = self._batch(ready, budget, prefill, len(chunks), now_s)
+        requests = [request for request, sequences in ready.items() if sequences]
+        batch = replace(
+            batch,
+            kv_headroom_blocks=_column([budget.headroom(r.family) for r in requests]),
+            num_unreserved_blocks=budget.num_unreserved_blocks,
+            prefill=prefill,
+            max_batch_size=self._scheduler.max_batch_size - len(chunks),
+        )
         is_probe = self._probe_is_due()
         decision = self._policy.admit(batch, extras_allowed=not is_probe)
         if not prefill.num_tokens:  # a chunk's own time says nothing about the steps to come
@@ -231,7 +242,6 @@ class StepPlanner:
             max_new_tokens=tuple(s.node.num_stage_tokens_left for s in decode),
             prefill=tuple(chunks),
         )
-        requests = [request for request, sequences in ready.items() if sequences]
         num_ready = np.bincount(batch.request_index, minlength=len(requests))
         num_admitted = np.bincount(batch.request_index[admitted], minlength=len(requests))
         owner = [requests[i] for i in batch.request_index]
@@ -257,37 +267,31 @@ class StepPlanner:
         interval = self._scheduler.probe_interval_steps
         return interval is not None and self._num_steps_with_extras % interval == interval - 1
 
-    def _batch(
-        self,
-        ready: _Ready,
-        budget: KvBudget,
-        prefill: PrefillLoad,
-        num_chunks: int,
-        now_s: float,
-    ) -> BatchState:
+    def _batch(self, ready: _Ready, now_s: float) -> BatchState:
+        """The ready leaves as they stand; memory and prefill are known later in the plan."""
         engine = self._engine
         rows = [(r, sequences) for r, sequences in ready.items() if sequences]
         requests = [r for r, _ in rows]
         leaves = [s for _, sequences in rows for s in sequences]
         savable = [r.is_savable(now_s, self._baseline_ms) for r in requests]
-        counts = np.array([len(sequences) for _, sequences in rows])
-
-        def column(values: Sequence[int]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-            return np.array(values, dtype=np.int64)
-
+        counts = _column([len(sequences) for _, sequences in rows])
         return BatchState(
             first_leaf=np.cumsum(counts) - counts,
             request_index=np.repeat(np.arange(len(rows)), counts),
-            context_tokens=column([engine.num_tokens(s.sequence_id) for s in leaves]),
-            num_generated=column([s.node.num_generated for s in leaves]),
-            last_advanced=column([s.last_advanced for s in leaves]),
-            blocks_needed=column([engine.num_blocks_needed(s.sequence_id, 1) for s in leaves]),
+            context_tokens=_column([engine.num_tokens(s.sequence_id) for s in leaves]),
+            num_generated=_column([s.node.num_generated for s in leaves]),
+            last_advanced=_column([s.last_advanced for s in leaves]),
+            blocks_needed=_column([engine.num_blocks_needed(s.sequence_id, 1) for s in leaves]),
             slack_ms=np.array([r.slack_ms(now_s) for r in requests], dtype=np.float64),
             tpot_slo_ms=np.array([r.tracker.slo.tpot_ms for r in requests], dtype=np.float64),
             savable=np.array(savable, dtype=np.bool_),
-            stage_width=column([r.stage_width for r in requests]),
-            kv_headroom_blocks=column([budget.headroom(r.family) for r in requests]),
-            num_unreserved_blocks=budget.num_unreserved_blocks,
-            prefill=prefill,
-            max_batch_size=self._scheduler.max_batch_size - num_chunks,
+            stage_width=_column([r.stage_width for r in requests]),
+            kv_headroom_blocks=np.zeros(len(rows), dtype=np.int64),
+            num_unreserved_blocks=0,
+            prefill=PrefillLoad(),
+            max_batch_size=self._scheduler.max_batch_size,
         )
+
+
+def _column(values: Sequence[int]) -> IntArray:
+    return np.array(values, dtype=np.int64)
