@@ -14,7 +14,7 @@ server for each policy, replays perf/workloads/branch_public.csv through gRPC an
 one table. About 5 minutes after the installation.
 
   --policy         policies to run, repeatable (irp-off,irp-eager,fixed-cap:2,taper)
-  --request-rate   requests per second (0.5 of the reference rate, which follows from the profile)
+  --request-rate   requests per second (0.35 of the reference rate, which follows from the profile)
   --num-prompts    requests per policy (45 s of arrivals)
   --config         serving configuration of the engine and the controller (YAML)
 

@@ -99,7 +99,9 @@ def named(drawn: list[ForkJoinRequest]) -> list[ForkJoinRequest]:
 
 def plain(request_id: str, max_tokens: int = 8, prompt: int = 5) -> ForkJoinRequest:
     return ForkJoinRequest(
-        request_id=request_id, input_ids=tuple(range(prompt)), max_tokens=max_tokens
+        request_id=request_id,
+        input_ids=tuple(i % 90 for i in range(prompt)),
+        max_tokens=max_tokens,
     )
 
 
@@ -356,6 +358,20 @@ def test_taper_admits_fewer_branches_when_the_slack_is_gone():
         decode = [r for r in executor.records if r.num_requests]
         mean[tau] = sum(r.num_extras for r in decode) / len(decode)
     assert mean[5.5] < 0.5 * mean[100.0]
+
+
+def test_a_long_chunk_does_not_make_others_beyond_rescue():
+    """Steps with a chunk take longer than tau; what follows them does not."""
+    executor = make_executor(ToyEngine(num_kv_blocks=4096), max_prefill_tokens=128)
+    slo = SloTarget(ttft_ms=5000, tpot_ms=10)
+    executor.submit(plain("a", 100).model_copy(update={"slo": slo}), Collector())
+    for _ in range(20):
+        executor.run_once()
+    executor.submit(plain("b", 2, prompt=1500).model_copy(update={"slo": slo}), Collector())
+    executor.drain()
+    decode = [r for r in executor.records if r.num_requests]
+    assert any(r.predicted_baseline_ms > 10 for r in decode)
+    assert all(r.budget_ms is not None for r in decode)
 
 
 def test_a_broken_engine_answers_every_open_request():

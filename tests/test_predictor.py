@@ -8,7 +8,13 @@ from toy_engine import step_ms, toy_profile
 
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.predictor import StepLatencyPredictor
-from taper_trtllm.profile import DecodePoint, LatencyProfile, ProfileError, load_profile
+from taper_trtllm.profile import (
+    DecodePoint,
+    LatencyProfile,
+    PrefillPoint,
+    ProfileError,
+    load_profile,
+)
 
 NO_PREFILL = PrefillLoad()
 
@@ -98,6 +104,19 @@ def test_prefill_steps_correct_the_prefill_term_alone():
         predictor.observe(8, 512, load, decode + 2 * extra)
     assert predictor.predict_step_ms(8, 512) == decode
     assert predictor.predict_step_ms(8, 512, load) - decode == pytest.approx(2 * extra, rel=0.05)
+
+
+def test_a_prefill_token_weighs_what_its_context_costs():
+    points = [
+        PrefillPoint(
+            width=0, context_tokens=0, num_chunks=1, num_tokens=n, token_context=n * (c + n / 2),
+            step_ms=2.0 + 0.1 * n + 1e-4 * n * (c + n / 2),
+        )
+        for n in (4, 32, 128) for c in (0, 512)
+    ]  # fmt: skip
+    predictor = StepLatencyPredictor(toy_profile().model_copy(update={"prefill": tuple(points)}))
+    assert predictor.prefill_token_weight(0) == 1
+    assert predictor.prefill_token_weight(3000) == pytest.approx(4.0, rel=0.01)
 
 
 def test_ablations():
