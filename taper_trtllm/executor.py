@@ -497,7 +497,6 @@ class ExecutorThread:
         self._after_turn = after_turn
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="taper-executor", daemon=True)
-        self.error: BaseException | None = None
 
     def start(self) -> None:
         """Begins to drive."""
@@ -518,7 +517,6 @@ class ExecutorThread:
                     executor.wait_for_work(self._IDLE_WAIT_S)
         except Exception as error:
             logger.exception("the engine failed")
-            self.error = error
             executor.fail_all(f"the engine failed: {error}")
         executor.shutdown()
         self._after_turn(None)
