@@ -13,7 +13,16 @@ PACKAGE = Path(taper_trtllm.__file__).parent
 LAZY = {"engines.torch_engine"}  # imported by the function that creates it
 FLOORS = [  # imports run downward only
     {"request", "output", "profile", "batch"},
-    {"config", "slo", "fork_join", "predictor", "kv_budget", "engines.base", "engines.kv_cache"},
+    {
+        "config",
+        "slo",
+        "fork_join",
+        "predictor",
+        "kv_budget",
+        "engines.base",
+        "engines.kv_cache",
+        "engines.paged_engine",
+    },
     {"engines", "admission", "live_request", "metrics", "request_gate", "step_trace", "tokenizer"},
     {"planner", "tensors"},
     {"executor"},

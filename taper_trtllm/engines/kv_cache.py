@@ -134,20 +134,27 @@ class BlockPool:
         Raises:
             OutOfBlocksError: Too few free blocks; nothing was changed.
         """
-        tails = [self._shared_tail(table) for table, _ in writes]
-        needed = self._total_needed(writes, tails)
+        tables = [write for write in writes if self._takes_blocks(*write)]
+        tails = [self._shared_tail(table) for table, _ in tables]
+        needed = self._total_needed(tables, tails)
         if needed > len(self._free):
             raise OutOfBlocksError(f"the step needs {needed} KV blocks, {len(self._free)} are free")
         copies = []
-        for (table, num_tokens), tail in zip(writes, tails, strict=True):
+        for (table, num_tokens), tail in zip(tables, tails, strict=True):
             if tail is not None and self._ref_counts[tail] > 1:
                 table.block_ids[-1] = self._allocate(table.family)
                 self._unreference(tail, table.family)
                 copies.append(BlockCopy(tail, table.block_ids[-1]))
-            table.num_tokens += num_tokens
-            while len(table.block_ids) * self.tokens_per_block < table.num_tokens:
+            while len(table.block_ids) * self.tokens_per_block < table.num_tokens + num_tokens:
                 table.block_ids.append(self._allocate(table.family))
+        for table, num_tokens in writes:
+            table.num_tokens += num_tokens
         return copies
+
+    def _takes_blocks(self, table: BlockTable, num_tokens: int) -> bool:
+        """False for nearly every decode: its token goes to a tail block of its own."""
+        room = len(table.block_ids) * self.tokens_per_block - table.num_tokens
+        return num_tokens > room or self._ref_counts[table.block_ids[-1]] > 1
 
     def _total_needed(
         self, writes: Sequence[tuple[BlockTable, int]], tails: Sequence[int | None]

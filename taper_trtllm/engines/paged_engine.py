@@ -1,0 +1,287 @@
+"""What engines that keep paged KV themselves have in common: sequences, memory, the check of plans.
+
+A subclass computes: it turns the work of a step into tokens, and has a clock.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from taper_trtllm.engines.base import (
+    EngineCapabilities,
+    SequenceId,
+    SequenceParams,
+    StepPlan,
+    StepResult,
+)
+from taper_trtllm.engines.kv_cache import BlockCopy, BlockPool, BlockTable
+
+
+@dataclass(slots=True)
+class EngineSequence:
+    """A sequence; `tokens[table.num_tokens:]` are pending.
+
+    Attributes:
+        tokens: All tokens.
+        params: How it samples.
+        table: Its KV.
+        max_computed: Tokens that were ever computed, here or where the sequence was forked from.
+    """
+
+    tokens: list[int]
+    params: SequenceParams
+    table: BlockTable
+    max_computed: int
+
+
+@dataclass(slots=True)
+class SequenceWork:
+    """What a step does with one sequence.
+
+    Attributes:
+        sequence_id: The sequence.
+        sequence: The same.
+        num_tokens: Pending tokens to compute.
+        sample: Draw the next token.
+        start: Position of the first token to compute.
+    """
+
+    sequence_id: SequenceId
+    sequence: EngineSequence
+    num_tokens: int
+    sample: bool
+    start: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self.sequence.table.num_tokens
+
+    def check(self, max_seq_len: int) -> None:
+        """Checks that the sequence can do this.
+
+        Raises:
+            ValueError: It has not so many pending tokens, may not draw, or is at its limit.
+        """
+        num_tokens = len(self.sequence.tokens)
+        pending = num_tokens - self.start
+        if not 1 <= self.num_tokens <= pending:
+            raise ValueError(f"{self._name}: {self.num_tokens} tokens of {pending} pending ones")
+        if self.sample and self.num_tokens < pending:
+            raise ValueError(f"{self._name}: {pending} tokens are pending, so it cannot draw")
+        if self.sample and num_tokens >= max_seq_len:
+            raise ValueError(f"{self._name}: has reached max_seq_len")
+
+    @property
+    def _name(self) -> str:
+        return f"sequence {self.sequence_id}"
+
+    def count_recomputed(self) -> int:
+        """Counts tokens that were computed before, and remembers the new ones as computed."""
+        before, end = self.sequence.max_computed, self.start + self.num_tokens
+        if before <= self.start:
+            self.sequence.max_computed = end
+            return 0
+        self.sequence.max_computed = max(before, end)
+        return min(before, end) - self.start
+
+
+class PagedEngine(ABC):
+    """Implements `engines.base.Engine` but for the computing.
+
+    Args:
+        capabilities: What the engine declares.
+    """
+
+    def __init__(self, capabilities: EngineCapabilities) -> None:
+        self._capabilities = capabilities
+        self._pool = BlockPool(capabilities.num_kv_blocks, capabilities.tokens_per_block)
+        self._sequences: dict[SequenceId, EngineSequence] = {}
+        self._iteration = 0
+
+    @abstractmethod
+    def now_s(self) -> float:
+        """See `Engine`."""
+
+    @abstractmethod
+    def _compute(
+        self, plan: StepPlan, work: Sequence[SequenceWork], copies: Sequence[BlockCopy]
+    ) -> dict[SequenceId, int]:
+        """Runs one step; the tables have their blocks already.
+
+        Args:
+            plan: What was asked for.
+            work: The same, item by item: first `plan.decode`, then `plan.prefill`.
+            copies: Blocks to copy before anything is written.
+
+        Returns:
+            The token that each sequence with `sample` draws.
+
+        Raises:
+            EngineError: The engine is lost.
+        """
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> Mapping[str, str]:
+        """See `Engine`."""
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """See `Engine`."""
+        return self._capabilities
+
+    # ---- sequences
+
+    def add_sequence(
+        self,
+        sequence_id: SequenceId,
+        family: int,
+        token_ids: Sequence[int],
+        params: SequenceParams,
+    ) -> None:
+        """See `Engine`."""
+        tokens = list(token_ids)
+        self._check_new(sequence_id, tokens, tokens)
+        self._sequences[sequence_id] = EngineSequence(tokens, params, self._pool.create(family), 0)
+
+    def fork_sequence(
+        self,
+        parent_id: SequenceId,
+        child_id: SequenceId,
+        num_shared_tokens: int,
+        suffix_ids: Sequence[int],
+        params: SequenceParams,
+    ) -> None:
+        """See `Engine`."""
+        parent = self._sequences[parent_id]
+        tokens = [*parent.tokens, *suffix_ids]
+        self._check_new(child_id, tokens, suffix_ids)
+        table = self._pool.fork(parent.table, num_shared_tokens)
+        self._sequences[child_id] = EngineSequence(tokens, params, table, parent.max_computed)
+
+    def join_sequence(
+        self, parent_id: SequenceId, child_id: SequenceId, suffix_ids: Sequence[int]
+    ) -> None:
+        """See `Engine`."""
+        parent, child = self._sequences[parent_id], self._sequences[child_id]
+        if child.tokens[: len(parent.tokens)] != parent.tokens:
+            raise ValueError(f"sequence {child_id} does not begin with the tokens of {parent_id}")
+        tokens = [*child.tokens, *suffix_ids]
+        self._check_tokens(parent_id, tokens, suffix_ids)
+        # A preempted child may have less KV than the parent, whose tokens it begins with.
+        keep, drop = child.table, parent.table
+        if keep.num_tokens < drop.num_tokens:
+            keep, drop = drop, keep
+        self._pool.release(drop)
+        parent.table = keep
+        parent.tokens = tokens
+        parent.max_computed = max(parent.max_computed, child.max_computed)
+        del self._sequences[child_id]
+
+    def preempt_sequence(self, sequence_id: SequenceId) -> None:
+        """See `Engine`."""
+        self._pool.drop_unshared(self._sequences[sequence_id].table)
+
+    def release_sequence(self, sequence_id: SequenceId) -> None:
+        """See `Engine`."""
+        self._pool.release(self._sequences.pop(sequence_id).table)
+
+    def num_tokens(self, sequence_id: SequenceId) -> int:
+        """See `Engine`."""
+        return len(self._sequences[sequence_id].tokens)
+
+    def num_computed_tokens(self, sequence_id: SequenceId) -> int:
+        """See `Engine`."""
+        return self._sequences[sequence_id].table.num_tokens
+
+    def _check_new(
+        self, sequence_id: SequenceId, tokens: list[int], new_ids: Sequence[int]
+    ) -> None:
+        if sequence_id in self._sequences:
+            raise ValueError(f"sequence {sequence_id} exists already")
+        self._check_tokens(sequence_id, tokens, new_ids)
+
+    def _check_tokens(
+        self, sequence_id: SequenceId, tokens: list[int], new_ids: Sequence[int]
+    ) -> None:
+        """Checks the length of all, and those tokens that no other sequence had before."""
+        limits = self._capabilities
+        if not 1 <= len(tokens) <= limits.max_seq_len:
+            raise ValueError(
+                f"sequence {sequence_id}: {len(tokens)} tokens, must be 1..{limits.max_seq_len}"
+            )
+        if new_ids and not 0 <= min(new_ids) <= max(new_ids) < limits.vocab_size:
+            raise ValueError(
+                f"sequence {sequence_id}: token ids must be in [0, {limits.vocab_size})"
+            )
+
+    # ---- memory
+
+    @property
+    def num_free_blocks(self) -> int:
+        """See `Engine`."""
+        return self._pool.num_free_blocks
+
+    def num_blocks_held(self, family: int) -> int:
+        """See `Engine`."""
+        return self._pool.num_blocks_held(family)
+
+    def num_blocks_needed(self, sequence_id: SequenceId, num_tokens: int) -> int:
+        """See `Engine`."""
+        return self._pool.num_blocks_needed(self._sequences[sequence_id].table, num_tokens)
+
+    def check_integrity(self) -> None:
+        """See `Engine`."""
+        self._pool.check_integrity()
+        tables = {id(sequence.table) for sequence in self._sequences.values()}
+        assert len(tables) == len(self._sequences) == self._pool.num_tables, "a table is lost"
+        for sequence in self._sequences.values():
+            assert sequence.table.num_tokens <= sequence.max_computed <= len(sequence.tokens)
+
+    # ---- the iteration
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """See `Engine`.
+
+        Raises:
+            ValueError: The plan is malformed; nothing was changed.
+        """
+        started_s = self.now_s()
+        work = self._check_plan(plan)
+        copies = self._pool.reserve([(item.sequence.table, item.num_tokens) for item in work])
+        tokens = self._compute(plan, work, copies)
+        num_recomputed = sum(item.count_recomputed() for item in work)
+        for sequence_id, token in tokens.items():
+            self._sequences[sequence_id].tokens.append(token)
+        completed_at_s = self.now_s()
+        iteration = self._iteration
+        self._iteration += 1
+        return StepResult(
+            iteration=iteration,
+            completed_at_s=completed_at_s,
+            step_ms=(completed_at_s - started_s) * 1e3,
+            decoded=plan.decode,
+            tokens={i: (token,) for i, token in tokens.items()},
+            prefilled={chunk.sequence_id: chunk.num_tokens for chunk in plan.prefill},
+            num_recomputed_tokens=num_recomputed,
+        )
+
+    def shutdown(self) -> None:
+        """See `Engine`."""
+        self._sequences.clear()
+
+    def _check_plan(self, plan: StepPlan) -> list[SequenceWork]:
+        """What there is to do; raises ValueError for what the executor must not ask for."""
+        limits = self._capabilities
+        work = [SequenceWork(i, self._sequences[i], 1, True) for i in plan.decode]
+        for chunk in plan.prefill:
+            sequence = self._sequences[chunk.sequence_id]
+            work.append(SequenceWork(chunk.sequence_id, sequence, chunk.num_tokens, chunk.sample))
+        if len({item.sequence_id for item in work}) != len(work):
+            raise ValueError("a sequence stands in the plan twice")
+        if not 1 <= len(work) <= limits.max_batch_size:
+            raise ValueError(f"a step takes 1..{limits.max_batch_size} sequences, not {len(work)}")
+        for item in work:
+            item.check(limits.max_seq_len)
+        return work
