@@ -5,27 +5,28 @@ T = a_w + s_w C (a single plane over all widths has 5 % error on the step but 40
 externality, which is what admission needs). Engines that pad use the line of the padded width;
 others interpolate between measured widths. Prefill adds a term of its own.
 
-The correction is a factor per width bucket on a factor common to all, learned from measured steps
-by bounded moves, so that one slow step cannot throw it off.
+Measured steps correct it: decode by `StepCorrection`, prefill by a factor on what `PrefillCost`
+says it adds. Moves are bounded, so that one slow step cannot throw the prediction off.
 """
 
 from __future__ import annotations
 
-import math
 from itertools import combinations
 from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from taper_trtllm.batch import FloatArray, IntArray, PrefillLoad
+from taper_trtllm.prefill_cost import PrefillCost
 from taper_trtllm.profile import DecodePoint, LatencyProfile
+from taper_trtllm.step_correction import StepCorrection
 
 PredictorMode = Literal["corrected", "uncorrected", "constant"]
 
-_GAIN = 0.05  # share of a residual that a step moves each of the two factors by
-_MAX_RESIDUAL = 0.25  # log residual beyond which a step counts as an outlier and is clipped
-_MAX_CORRECTION = np.log(4.0)
+_PREFILL_GAIN = 0.05  # share of a relative residual that one step moves the prefill factor by
+_MAX_RESIDUAL = 0.5  # relative residual beyond which a prefill step counts as an outlier
+_LEAST_PREFILL_SHARE = 0.1  # of a step, for its prefill time to be read from it
+_LEAST_FACTOR = 0.25  # corrections stay within this and its inverse
 
 
 class StepLatencyPredictor:
@@ -36,6 +37,9 @@ class StepLatencyPredictor:
         max_width: Widest step that will be asked for.
         mode: ``corrected``; ``uncorrected`` ignores observations; ``constant`` charges every
             sequence the same (both are ablations).
+
+    Attributes:
+        correction_factor: Corrected over profiled latency of the last decode step observed.
     """
 
     def __init__(
@@ -50,14 +54,15 @@ class StepLatencyPredictor:
         if mode == "constant":
             self._make_constant(profile.decode)
         self._fitted_intercept_ms[0] = self._fitted_slope_ms[0] = 0.0  # no decode
-        self._global_log = 0.0
-        self._bucket_log = np.zeros(len(knots))
-        self._prefill_log = 0.0
+        self._correction = StepCorrection(len(knots))
+        self._unit_ms = float(self._fitted_intercept_ms[1])
+        self._prefill_factor = 1.0
+        self.correction_factor = 1.0
         self._correction_position = np.minimum(self._position, len(knots) - 1)
         # The corrected lines of every width; predictions read these alone.
         self._intercept_ms = self._fitted_intercept_ms
         self._slope_ms = self._fitted_slope_ms
-        self._prefill_terms: list[float] = _fit_prefill(profile, self).tolist()
+        self._prefill = PrefillCost(profile, self.predict_step_ms, max_width)
 
     # ------------------------------------------------------------------------------ predict
 
@@ -77,7 +82,7 @@ class StepLatencyPredictor:
         widths = slice(first_width, first_width + len(context_tokens))
         steps_ms: FloatArray = self._intercept_ms[widths] + self._slope_ms[widths] * context_tokens
         if prefill.num_tokens:
-            steps_ms += self._prefill_ms(first_width, prefill)
+            steps_ms += self._prefill_ms(first_width, len(context_tokens), prefill)
         return steps_ms
 
     def predict_step_ms(
@@ -86,26 +91,18 @@ class StepLatencyPredictor:
         """T for one batch, in milliseconds."""
         step_ms = float(self._intercept_ms[width] + self._slope_ms[width] * context_tokens)
         if prefill is not None and prefill.num_tokens:
-            step_ms += self._prefill_ms(width, prefill)
+            step_ms += float(self._prefill_ms(width, 1, prefill)[0])
         return step_ms
 
-    def _prefill_ms(self, width: int, load: PrefillLoad) -> float:
-        base, chunk, token, pair = self._prefill_terms
-        extra = chunk * load.num_chunks + token * load.num_tokens + pair * load.token_context
-        return math.exp(self._prefill_log) * (extra + (base if width == 0 else 0.0))
+    def _prefill_ms(self, first_width: int, num_steps: int, load: PrefillLoad) -> FloatArray:
+        return self._prefill_factor * self._prefill.steps_ms(first_width, num_steps, load)
 
     def prefill_token_weight(self, context_tokens: float) -> float:
         """Cost of a prefill token behind a context, in tokens without one.
 
         It attends to all of the context: behind a long one it takes several times as long.
         """
-        _, _, token, pair = self._prefill_terms
-        return 1.0 + context_tokens * pair / token if token > 0 else 1.0
-
-    @property
-    def correction_factor(self) -> float:
-        """The factor common to all widths; 1 while nothing was learned."""
-        return float(np.exp(self._global_log))
+        return self._prefill.token_weight(context_tokens)
 
     # ------------------------------------------------------------------------------ observe
 
@@ -121,28 +118,39 @@ class StepLatencyPredictor:
             self._observe_decode(width, context_tokens, step_ms)
 
     def _observe_decode(self, width: int, context_tokens: int, step_ms: float) -> None:
-        residual = _clipped_log(step_ms / self.predict_step_ms(width, context_tokens))
-        self._global_log = _bounded(self._global_log + _GAIN * residual)
-        low = int(self._correction_position[width])
-        share = float(self._correction_position[width]) - low
-        for knot, weight in ((low, 1 - share), (low + 1, share)):
-            if weight > 0:
-                moved = self._bucket_log[knot] + _GAIN * weight * residual
-                self._bucket_log[knot] = _bounded(moved)
-        log = self._global_log + _between(self._correction_position, self._bucket_log)
-        factor = np.exp(np.clip(log, -_MAX_CORRECTION, _MAX_CORRECTION))
-        self._intercept_ms = factor * self._fitted_intercept_ms
-        self._slope_ms = factor * self._fitted_slope_ms
+        correction = self._correction
+        parts_ms = np.array(
+            [
+                self._unit_ms,
+                self._fitted_intercept_ms[width],
+                self._fitted_slope_ms[width] * context_tokens,
+            ]
+        )
+        correction.observe(parts_ms, float(self._correction_position[width]), step_ms)
+        constant, per_width, per_context = correction.coefficients
+        bucket = np.exp(_between(self._correction_position, correction.bucket_log))
+        fitted_ms = self._fitted_intercept_ms
+        self._intercept_ms = np.clip(
+            bucket * (per_width * fitted_ms + constant * self._unit_ms),
+            _LEAST_FACTOR * fitted_ms,
+            fitted_ms / _LEAST_FACTOR,
+        )
+        slope = np.clip(per_context * bucket, 0.0, 1 / _LEAST_FACTOR)
+        self._slope_ms = slope * self._fitted_slope_ms
+        self.correction_factor = self.predict_step_ms(width, context_tokens) / float(
+            parts_ms[1] + parts_ms[2]
+        )
 
     def _observe_prefill(
         self, width: int, context_tokens: int, prefill: PrefillLoad, step_ms: float
     ) -> None:
-        decode = self.predict_step_ms(width, context_tokens)
-        expected = self.predict_step_ms(width, context_tokens, prefill) - decode
-        measured = max(step_ms - decode, 0.1 * expected)
-        if expected > 0:
-            residual = _clipped_log(measured / expected)
-            self._prefill_log = _bounded(self._prefill_log + _GAIN * residual)
+        decode_ms = self.predict_step_ms(width, context_tokens)
+        expected_ms = self.predict_step_ms(width, context_tokens, prefill) - decode_ms
+        if expected_ms > _LEAST_PREFILL_SHARE * decode_ms:  # otherwise the ratio says nothing
+            residual = (step_ms - decode_ms) / expected_ms - 1.0
+            residual = min(max(residual, -_MAX_RESIDUAL), _MAX_RESIDUAL)
+            factor = self._prefill_factor * (1.0 + _PREFILL_GAIN * residual)
+            self._prefill_factor = min(max(factor, _LEAST_FACTOR), 1 / _LEAST_FACTOR)
 
     # ------------------------------------------------------------------------------ ablation
 
@@ -173,17 +181,6 @@ def _fit_lines(points: tuple[DecodePoint, ...]) -> tuple[FloatArray, FloatArray,
         lines.append((intercept, slope))
     columns = np.array(lines)
     return np.array(widths, dtype=float), columns[:, 0], columns[:, 1]
-
-
-def _fit_prefill(profile: LatencyProfile, decode: StepLatencyPredictor) -> FloatArray:
-    """Prefill-only base, per chunk, per token, per query-key pair; ms each."""
-    rows, rest = [], []
-    for p in profile.prefill:
-        known = decode.predict_step_ms(p.width, p.width * p.context_tokens)
-        rows.append([float(p.width == 0), p.num_chunks, p.num_tokens, p.token_context])
-        rest.append((max(p.step_ms - known, 0.0), p.step_ms))
-    target, scale = np.array(rest).T
-    return _nonnegative(np.array(rows, dtype=float) / scale[:, None], target / scale)
 
 
 def _nonnegative(design: FloatArray, target: FloatArray) -> FloatArray:
@@ -222,11 +219,3 @@ def _between(position: FloatArray, values: FloatArray) -> FloatArray:
     share = position - low
     result: FloatArray = values[low] * (1 - share) + values[low + 1] * share
     return result
-
-
-def _clipped_log(ratio: float) -> float:
-    return float(np.clip(np.log(max(ratio, 1e-9)), -_MAX_RESIDUAL, _MAX_RESIDUAL))
-
-
-def _bounded(value: npt.ArrayLike) -> float:
-    return float(np.clip(value, -_MAX_CORRECTION, _MAX_CORRECTION))
