@@ -1,0 +1,230 @@
+"""The virtual-time engine: no model, step times from a latency profile, KV accounted in full.
+
+The executor above it is the one that serves; only the clock and the tokens are made up. Its step
+time interpolates the profile's measured points, and can be disturbed in ways that the profile does
+not show (`Disturbance`), so that a predictor fitted on the profile has something to learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from taper_trtllm.batch import FloatArray, PrefillLoad
+from taper_trtllm.engines.base import EngineCapabilities, SequenceId, SequenceParams, StepPlan
+from taper_trtllm.engines.kv_cache import BlockCopy
+from taper_trtllm.engines.paged_engine import PagedEngine, SequenceWork
+from taper_trtllm.prefill_cost import PrefillCost
+from taper_trtllm.profile import LatencyProfile
+
+_VOCAB_SIZE = 151_936  # Qwen3's
+_FAR = 1_000_000.0  # context beyond which nothing is asked
+_TOKEN = 0  # every token that is drawn; programs end by length
+
+
+@dataclass(frozen=True, slots=True)
+class Disturbance:
+    """How the device differs from its profile.
+
+    Attributes:
+        host_overhead_ms: Added to every step.
+        step_scale: Factor on every step.
+        context_scale: Factor on the part of a step that reads contexts.
+        imbalance: A batch of unequal contexts reads as if each were this share of the way from the
+            mean to the longest.
+        width_shift: Tiles begin so many sequences earlier.
+        noise: Standard deviation of the logarithm of a step.
+    """
+
+    host_overhead_ms: float = 0.0
+    step_scale: float = 1.0
+    context_scale: float = 1.0
+    imbalance: float = 0.0
+    width_shift: int = 0
+    noise: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SimulatedConfig:
+    """Memory, limits and what prefill costs.
+
+    Attributes:
+        num_kv_blocks: Size of the KV pool.
+        tokens_per_block: KV block size.
+        max_batch_size: Most sequences in a step.
+        max_seq_len: Most tokens in a sequence.
+        disaggregated_prefill: Prompts are computed elsewhere and cost no time here; headers and
+            joins always do.
+        free_joins: Neither do headers and joins (the assumption of earlier studies).
+        disturbance: Of the step time.
+        seed: Of the noise.
+    """
+
+    num_kv_blocks: int
+    tokens_per_block: int = 32
+    max_batch_size: int = 512
+    max_seq_len: int = 40960
+    disaggregated_prefill: bool = False
+    free_joins: bool = False
+    disturbance: Disturbance = Disturbance()
+    seed: int = 0
+
+
+class StepTimes:
+    """Step times as measured: linear between the points of a profile.
+
+    Args:
+        profile: The points.
+        max_width: Widest step that will be asked for.
+    """
+
+    def __init__(self, profile: LatencyProfile, max_width: int) -> None:
+        knots = np.array(sorted({p.width for p in profile.decode}))
+        self._lines = [
+            _line([(p.context_tokens, p.step_ms) for p in profile.decode if p.width == width])
+            for width in knots
+        ]
+        widths = np.arange(max_width + 1).astype(float)
+        if profile.width_buckets is not None:
+            buckets = np.array(sorted(profile.width_buckets), dtype=float)
+            at = np.minimum(np.searchsorted(buckets, widths), len(buckets) - 1)
+            widths = np.maximum(buckets[at], widths)
+        self._low = np.clip(np.searchsorted(knots, widths, side="right") - 1, 0, len(knots) - 2)
+        self._share = (widths - knots[self._low]) / (knots[self._low + 1] - knots[self._low])
+        self._share = np.maximum(self._share, 0.0)
+        self._prefill = PrefillCost(
+            profile, lambda width, total: self.decode_ms(width, total / max(1, width)), max_width
+        )
+
+    def decode_ms(self, width: int, mean_context_tokens: float) -> float:
+        """T of a step without prefill; 0 at width 0."""
+        if width == 0:
+            return 0.0
+        low, share = int(self._low[width]), float(self._share[width])
+        step_ms = float(np.interp(mean_context_tokens, *self._lines[low]))
+        if share:
+            above_ms = float(np.interp(mean_context_tokens, *self._lines[low + 1]))
+            step_ms += share * (above_ms - step_ms)
+        return step_ms
+
+    def prefill_ms(self, width: int, load: PrefillLoad) -> float:
+        """What prefill adds beside so many decoding sequences."""
+        return float(self._prefill.steps_ms(width, 1, load)[0])
+
+
+class SimulatedEngine(PagedEngine):
+    """Implements `engines.base.Engine` in virtual time.
+
+    Args:
+        profile: What a step takes.
+        config: Memory and limits.
+    """
+
+    def __init__(self, profile: LatencyProfile, config: SimulatedConfig) -> None:
+        super().__init__(
+            EngineCapabilities(
+                name="simulated",
+                granularity="step",
+                actuation_delay_steps=0,
+                lease_tokens=None,
+                resident_when_gated=True,
+                min_recompute_tokens=0,
+                width_buckets=profile.width_buckets,
+                prefix_sharing_attention=False,
+                bitwise_deterministic=True,
+                virtual_time=True,
+                max_batch_size=config.max_batch_size,
+                max_seq_len=config.max_seq_len,
+                tokens_per_block=config.tokens_per_block,
+                num_kv_blocks=config.num_kv_blocks,
+                vocab_size=_VOCAB_SIZE,
+            )
+        )
+        self._config = config
+        self._fingerprint = dict(profile.fingerprint)
+        shift = config.disturbance.width_shift
+        self._times = StepTimes(profile, config.max_batch_size + shift)
+        self._noise = np.random.default_rng(config.seed)
+        self._clock_s = 0.0
+        self._num_prompt_tokens: dict[SequenceId, int] = {}
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """The profile's: there is nothing else that times depend on."""
+        return self._fingerprint
+
+    def now_s(self) -> float:
+        """The virtual clock."""
+        return self._clock_s
+
+    def advance_to(self, time_s: float) -> None:
+        """Lets time pass without work; never back."""
+        self._clock_s = max(self._clock_s, time_s)
+
+    def add_sequence(
+        self,
+        sequence_id: SequenceId,
+        family: int,
+        token_ids: Sequence[int],
+        params: SequenceParams,
+    ) -> None:
+        """See `Engine`."""
+        super().add_sequence(sequence_id, family, token_ids, params)
+        self._num_prompt_tokens[sequence_id] = len(token_ids)
+
+    def release_sequence(self, sequence_id: SequenceId) -> None:
+        """See `Engine`."""
+        super().release_sequence(sequence_id)
+        self._num_prompt_tokens.pop(sequence_id, None)
+
+    def _compute(
+        self, plan: StepPlan, work: Sequence[SequenceWork], copies: Sequence[BlockCopy]
+    ) -> dict[SequenceId, int]:
+        self._clock_s += self._step_ms(work[: len(plan.decode)], work[len(plan.decode) :]) / 1e3
+        return {item.sequence_id: _TOKEN for item in work if item.sample}
+
+    def _step_ms(self, decode: Sequence[SequenceWork], chunks: Sequence[SequenceWork]) -> float:
+        disturbance = self._config.disturbance
+        step_ms = 0.0
+        if decode:
+            contexts = [item.start + 1 for item in decode]
+            mean = sum(contexts) / len(contexts)
+            mean += disturbance.imbalance * (max(contexts) - mean)
+            width = len(decode) + disturbance.width_shift
+            step_ms = self._times.decode_ms(width, mean * disturbance.context_scale)
+        load = self._load(chunks)
+        if load.num_tokens:
+            step_ms += self._times.prefill_ms(len(decode), load)
+        step_ms = step_ms * disturbance.step_scale + disturbance.host_overhead_ms
+        if disturbance.noise:
+            step_ms *= float(np.exp(disturbance.noise * self._noise.standard_normal()))
+        return step_ms
+
+    def _load(self, chunks: Sequence[SequenceWork]) -> PrefillLoad:
+        """The chunks that cost time here."""
+        config = self._config
+        counted = [
+            item
+            for item in chunks
+            if not (config.disaggregated_prefill if self._is_prompt(item) else config.free_joins)
+        ]
+        pairs = sum(item.num_tokens * (item.start + item.num_tokens / 2) for item in counted)
+        return PrefillLoad(len(counted), sum(item.num_tokens for item in counted), pairs)
+
+    def _is_prompt(self, item: SequenceWork) -> bool:
+        end = item.start + item.num_tokens
+        return end <= self._num_prompt_tokens.get(item.sequence_id, 0)
+
+
+def _line(points: list[tuple[int, float]]) -> tuple[FloatArray, FloatArray]:
+    """Contexts and times, continued straight on both sides."""
+    contexts, times = np.array(sorted(points), dtype=float).T
+    slopes = np.diff(times) / np.diff(contexts)
+    first = times[0] - slopes[0] * contexts[0]
+    last = times[-1] + slopes[-1] * _FAR
+    return (
+        np.concatenate([[0.0], contexts, [contexts[-1] + _FAR]]),
+        np.concatenate([[first], times, [last]]),
+    )
