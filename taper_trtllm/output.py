@@ -1,15 +1,17 @@
-"""What a request gives back: streamed tokens by branch, then one final output with its timings."""
+"""What a request gives back: streamed tokens by branch, then one final output with its timings.
+
+Outputs are named tuples because several are made and sent between processes in every step.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "completed", "cancelled", "error"]
 
 
-@dataclass(frozen=True, slots=True)
-class BranchOutput:
+class BranchOutput(NamedTuple):
     """New tokens of one branch.
 
     Attributes:
@@ -73,8 +75,7 @@ class RequestMetrics:
     slo_met: bool
 
 
-@dataclass(frozen=True, slots=True)
-class RequestOutput:
+class RequestOutput(NamedTuple):
     """What one step added to one request.
 
     Attributes:

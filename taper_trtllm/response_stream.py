@@ -16,7 +16,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -185,7 +185,7 @@ class ResponseStreamer:
                 self._cancel(stream)
             elif output.error is None:  # whatever it was about, the stream must still end
                 message = f"the last response cannot be sent: {error}"
-                self._send(stream, replace(output, finish_reason="error", error=message))
+                self._send(stream, output._replace(finish_reason="error", error=message))
                 return
         if output.finish_reason is not None:
             stream.closed = True
