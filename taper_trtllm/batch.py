@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -112,6 +113,21 @@ class AdmissionDecision:
 
 
 @dataclass(frozen=True, slots=True)
+class Refusals:
+    """The leaves that one reason kept out of a step.
+
+    Attributes:
+        reason: The reason.
+        request_ids: Request of each leaf.
+        branch_paths: Branch of each leaf.
+    """
+
+    reason: RefusalReason
+    request_ids: tuple[str, ...]
+    branch_paths: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StepRecord:
     """One iteration as planned and as it happened.
 
@@ -130,7 +146,7 @@ class StepRecord:
         num_ready: Ready leaves.
         num_admitted: Leaves in the decode batch.
         num_extras: Of those, extras.
-        refusals: Refused leaves: (request id, branch path, reason).
+        refusals: Refused leaves by reason.
         num_prefill_tokens: Tokens prefilled.
         num_queued: Requests waiting to be started.
         num_free_blocks: Free KV blocks after the step.
@@ -153,7 +169,7 @@ class StepRecord:
     num_ready: int
     num_admitted: int
     num_extras: int
-    refusals: tuple[tuple[str, str, RefusalReason], ...]
+    refusals: tuple[Refusals, ...]
     num_prefill_tokens: int
     num_queued: int
     num_free_blocks: int
@@ -161,6 +177,13 @@ class StepRecord:
     is_probe: bool
     correction_factor: float
     policy: str
+
+    @property
+    def refused_leaves(self) -> Iterator[tuple[str, str, RefusalReason]]:
+        """Each refused leaf: request id, branch path, reason."""
+        for refusals in self.refusals:
+            for request_id, path in zip(refusals.request_ids, refusals.branch_paths, strict=True):
+                yield request_id, path, refusals.reason
 
     @property
     def predicted_externality_ms(self) -> float | None:

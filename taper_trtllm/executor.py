@@ -23,7 +23,7 @@ from taper_trtllm.config import ConfigError, SchedulerConfig, ServingConfig
 from taper_trtllm.engines import create_engine
 from taper_trtllm.engines.base import Engine, EngineCapabilities, StepPlan, StepResult
 from taper_trtllm.kv_budget import serial_footprint_blocks
-from taper_trtllm.live_request import LiveRequest, LiveSequence, OutputCallback
+from taper_trtllm.live_request import LiveRequest, OutputCallback
 from taper_trtllm.output import BranchOutput, FinishReason, RequestOutput
 from taper_trtllm.planner import PlannedStep, StepPlanner
 from taper_trtllm.predictor import StepLatencyPredictor
@@ -34,6 +34,7 @@ from taper_trtllm.request import (
     SloTarget,
 )
 from taper_trtllm.request_gate import RequestGate
+from taper_trtllm.sequence_table import SequenceTable
 from taper_trtllm.slo import SlackTracker
 from taper_trtllm.step_trace import StepLog
 
@@ -102,7 +103,10 @@ class TaperExecutor:
             profile, scheduler.max_batch_size, predictor_mode(scheduler.policy)
         )
         self._policy = make_policy(scheduler.policy, scheduler, self._predictor)
-        self._planner = StepPlanner(engine, self._policy, self._predictor, scheduler, self._requeue)
+        self._sequences = SequenceTable(engine)
+        self._planner = StepPlanner(
+            engine, self._sequences, self._policy, self._predictor, scheduler, self._requeue
+        )
         self._epoch_s = time.time() - self._clock()
         # Shared with other threads, under the lock.
         self._lock = threading.Lock()
@@ -114,8 +118,6 @@ class TaperExecutor:
         self._waiting: deque[LiveRequest] = deque()
         self._running: list[LiveRequest] = []  # oldest first
         self._families = itertools.count()
-        self._sequence_ids = itertools.count()
-        self._step = 0
         self._previous_completion_s: float | None = None
         self._observers: list[Callable[[StepRecord], None]] = []
         self._step_log: StepLog | None = None
@@ -232,7 +234,6 @@ class TaperExecutor:
         planned_s = self._clock()
         self._note_first_scheduled(planned.plan, planned_s)
         result = self._engine.step(planned.plan)
-        self._step += 1
         record = self._observe(planned, result, started_s, planned_s)
         self._num_free_blocks = record.num_free_blocks
         return record
@@ -251,7 +252,8 @@ class TaperExecutor:
         while True:
             self._start_waiting()
             for request in self._running:
-                request.fork_where_ready(self._engine, self._next_sequence_id, self._step)
+                if request.family in self._sequences.changed:
+                    request.fork_where_ready(self._sequences)
             planned = self._planner.plan(self._running, now_s)
             if not planned.plan.is_empty or not planned.num_preempted:
                 return planned
@@ -334,7 +336,7 @@ class TaperExecutor:
             if request.num_reserved_blocks > unreserved:
                 return
             unreserved -= request.num_reserved_blocks
-            request.start(self._engine, self._next_sequence_id, self._step)
+            request.start(self._sequences)
             self._waiting.popleft()  # after the engine: a request is always in one of the lists
             self._running.append(request)
             self._running.sort(key=lambda r: r.family)
@@ -344,18 +346,14 @@ class TaperExecutor:
     def _requeue(self, request: LiveRequest) -> None:
         """Suspends a request; it comes back when its whole footprint can be reserved."""
         self._waiting.appendleft(request)  # before the engine: it is in one of the lists
-        request.suspend(self._engine)
+        request.suspend(self._sequences)
         request.num_reserved_blocks = self._footprint_blocks(request.request)
-
-    def _next_sequence_id(self) -> int:
-        return next(self._sequence_ids)
 
     # ----------------------------------------------------------------------------- observe
 
     def _observe(
         self, planned: PlannedStep, result: StepResult, started_s: float, planned_s: float
     ) -> StepRecord:
-        owners = {s.sequence_id: (r, s) for r in self._running for s in r.sequences()}
         for request, num_ready, num_admitted in planned.ready:
             request.count_decode_step(num_ready, num_admitted)
         began_s = self._previous_completion_s
@@ -365,38 +363,40 @@ class TaperExecutor:
             self._predictor.observe(
                 len(result.decoded), planned.num_context_tokens, planned.prefill, step_ms
             )
-        self._deliver(self._advance(owners, result), result, owners)
+        owners = {request.family: request for request in self._running}
+        failures = self._failures(owners, result)
+        self._deliver(self._advance(owners, planned, result), failures)
         record = self._record(planned, result, started_s, planned_s, step_ms)
         self.records.append(record)
         for observer in self._observers:
             observer(record)
         return record
 
+    def _failures(
+        self, owners: dict[int, LiveRequest], result: StepResult
+    ) -> dict[LiveRequest, str]:
+        """Requests that have a branch which cannot go on, with the reason."""
+        failures: dict[LiveRequest, str] = {}
+        for sequence_id, message in result.failed.items():
+            sequence = self._sequences[sequence_id]
+            message = f"branch {sequence.node.path!r} failed: {message}"
+            failures.setdefault(owners[sequence.family], message)
+        return failures
+
     def _advance(
-        self, owners: dict[int, tuple[LiveRequest, LiveSequence]], result: StepResult
+        self, owners: dict[int, LiveRequest], planned: PlannedStep, result: StepResult
     ) -> dict[LiveRequest, list[BranchOutput]]:
-        outputs: dict[LiveRequest, list[BranchOutput]] = {}
-        for sequence_id, token_ids in result.tokens.items():
-            request, sequence = owners[sequence_id]
-            if not token_ids or sequence_id in result.failed:
-                continue
-            taken = request.take_tokens(
-                self._engine, sequence, token_ids, result.completed_at_s, self._step
-            )
-            outputs.setdefault(request, []).extend(taken)
-        return outputs
+        sequences, now_s = self._sequences, result.completed_at_s
+        taken = sequences.observe(planned.decode_rows, planned.plan, result)
+        return {
+            (request := owners[family]): request.take_tokens(sequences, new_tokens, now_s)
+            for family, new_tokens in taken.items()
+        }
 
     def _deliver(
-        self,
-        outputs: dict[LiveRequest, list[BranchOutput]],
-        result: StepResult,
-        owners: dict[int, tuple[LiveRequest, LiveSequence]],
+        self, outputs: dict[LiveRequest, list[BranchOutput]], failures: dict[LiveRequest, str]
     ) -> None:
-        failed: dict[LiveRequest, str] = {}
-        for sequence_id, message in result.failed.items():
-            request, sequence = owners[sequence_id]
-            failed.setdefault(request, f"branch {sequence.node.path!r} failed: {message}")
-        for request, message in failed.items():
+        for request, message in failures.items():
             self._finish(request, "error", tuple(outputs.pop(request, ())), message)
         for request, branches in outputs.items():
             if request.state.is_finished:
@@ -412,7 +412,7 @@ class TaperExecutor:
         error: str | None = None,
     ) -> None:
         """Ends a request: its whole family leaves the engine, and the last output goes out."""
-        request.release(self._engine)
+        request.release(self._sequences)
         if request in self._running:
             self._running.remove(request)
         else:

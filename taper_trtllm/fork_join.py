@@ -42,9 +42,9 @@ class BranchNode:
         num_prefix_tokens: Context before its own tokens: the whole context of the parent at fork.
         tokens: Its own tokens: header, decoded ones, joined texts of its children.
         stage_index: The stage it is in.
-        num_stage_tokens: Tokens decoded in the current serial stage.
-        num_generated: Tokens decoded by this branch and below.
-        num_critical: Decoded tokens on its longest path.
+        stage_end: Length of `tokens` at which the current serial stage is full; 0 in no such stage.
+        num_given: Of `tokens`, those that nobody decoded: headers and join texts.
+        num_off_path: Of `tokens`, those that are not on its longest path of decoded ones.
         children: Of the running parallel stage.
         status: What it is doing.
     """
@@ -56,9 +56,9 @@ class BranchNode:
     num_prefix_tokens: int
     tokens: list[int] = field(default_factory=list)
     stage_index: int = 0
-    num_stage_tokens: int = 0
-    num_generated: int = 0
-    num_critical: int = 0
+    stage_end: int = 0
+    num_given: int = 0
+    num_off_path: int = 0
     children: tuple[BranchNode, ...] = ()
     status: BranchStatus = BranchStatus.DECODING
 
@@ -75,8 +75,17 @@ class BranchNode:
     @property
     def num_stage_tokens_left(self) -> int:
         """Tokens that the current serial stage may still decode."""
-        assert isinstance(self.stage, SerialStage)
-        return self.stage.max_tokens - self.num_stage_tokens
+        return self.stage_end - len(self.tokens)
+
+    @property
+    def num_generated(self) -> int:
+        """Tokens decoded by this branch and below."""
+        return len(self.tokens) - self.num_given
+
+    @property
+    def num_critical(self) -> int:
+        """Decoded tokens on its longest path."""
+        return len(self.tokens) - self.num_off_path
 
     @property
     def num_fork_tokens(self) -> int:
@@ -134,8 +143,7 @@ class ForkJoinState:
         leaves: Branches that decode or are about to fork, in program order.
         is_finished: The program came to its end.
         num_output_tokens: Tokens decoded so far.
-        num_remaining_tokens: Most tokens that may still be decoded.
-        num_remaining_serial_tokens: Those of them in serial stages of the root.
+        num_remaining_serial_tokens: Most tokens that serial stages of the root may still decode.
     """
 
     def __init__(self, request: ForkJoinRequest) -> None:
@@ -145,11 +153,16 @@ class ForkJoinState:
         self.leaves: list[BranchNode] = [self.root]
         self.is_finished = False
         self.num_output_tokens = 0
-        self.num_remaining_tokens = max_new_tokens(program)
+        self._num_output_bound = max_new_tokens(program)
         self.num_remaining_serial_tokens = sum(
             stage.max_tokens for stage in program if isinstance(stage, SerialStage)
         )
         self._enter_stage(self.root)
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Most tokens that may still be decoded."""
+        return self._num_output_bound - self.num_output_tokens
 
     def fork(self, node: BranchNode) -> tuple[BranchNode, ...]:
         """Forks the children of a parallel stage, each with its header as its first tokens."""
@@ -165,6 +178,8 @@ class ForkJoinState:
                 program=branch.program,
                 num_prefix_tokens=node.num_context_tokens,
                 tokens=list(branch.header_ids),
+                num_given=len(branch.header_ids),
+                num_off_path=len(branch.header_ids),
             )
             for index, branch in enumerate(node.stage.branches)
         )
@@ -174,6 +189,16 @@ class ForkJoinState:
         for child in node.children:
             self._enter_stage(child)
         return node.children
+
+    def append(self, node: BranchNode, token_ids: Sequence[int]) -> bool:
+        """Takes tokens that a leaf decoded, if its stage goes on; False if that needs `advance`."""
+        tokens = node.tokens
+        if len(tokens) + len(token_ids) >= node.stage_end or not self._stop_ids.isdisjoint(
+            token_ids
+        ):
+            return False
+        self._take(node, token_ids)
+        return True
 
     def advance(self, node: BranchNode, token_ids: Sequence[int]) -> list[Event]:
         """Takes tokens that a leaf decoded, in order.
@@ -191,7 +216,7 @@ class ForkJoinState:
         used = left if stopped is None else min(left, stopped + 1)
         if used < len(token_ids):
             raise ValueError(f"branch {node.path!r} got tokens beyond the end of its stage")
-        self._count(node, token_ids)
+        self._take(node, token_ids)
         reason: FinishReason | None = None
         if stopped is not None:
             reason = "stop"
@@ -199,28 +224,29 @@ class ForkJoinState:
             reason = "length"
         events: list[Event] = [TokenEvent(node, stage_index, tuple(token_ids), reason)]
         if reason is not None:
-            self._forfeit(node, node.num_stage_tokens_left)
+            self._forfeit(node)
             self._next_stage(node, events)
         return events
 
-    def _count(self, node: BranchNode, token_ids: Sequence[int]) -> None:
-        num = len(token_ids)
+    def _take(self, node: BranchNode, token_ids: Sequence[int]) -> None:
         node.tokens.extend(token_ids)
-        node.num_stage_tokens += num
-        node.num_generated += num
-        node.num_critical += num
-        self.num_output_tokens += num
-        self._forfeit(node, num)
-
-    def _forfeit(self, node: BranchNode, num: int) -> None:
-        self.num_remaining_tokens -= num
+        self.num_output_tokens += len(token_ids)
         if node is self.root:
-            self.num_remaining_serial_tokens -= num
+            self.num_remaining_serial_tokens -= len(token_ids)
+
+    def _forfeit(self, node: BranchNode) -> None:
+        """What is left of a stage will not be decoded any more."""
+        self._num_output_bound -= node.num_stage_tokens_left
+        if node is self.root:
+            self.num_remaining_serial_tokens -= node.num_stage_tokens_left
 
     def _enter_stage(self, node: BranchNode) -> None:
-        node.num_stage_tokens = 0
-        is_serial = isinstance(node.stage, SerialStage)
-        node.status = BranchStatus.DECODING if is_serial else BranchStatus.FORKING
+        if isinstance(node.stage, SerialStage):
+            node.status = BranchStatus.DECODING
+            node.stage_end = len(node.tokens) + node.stage.max_tokens
+        else:
+            node.status = BranchStatus.FORKING
+            node.stage_end = 0
 
     def _next_stage(self, node: BranchNode, events: list[Event]) -> None:
         if node.stage_index + 1 < len(node.program):
@@ -228,6 +254,7 @@ class ForkJoinState:
             self._enter_stage(node)
             return
         node.status = BranchStatus.DONE
+        node.stage_end = 0
         self.leaves.remove(node)
         if node.parent is None:
             self.is_finished = True
@@ -242,10 +269,11 @@ class ForkJoinState:
         first, *others = node.children
         suffix = [token for child in others for token in child.tokens]
         suffix.extend(node.stage.join_ids)
+        num_critical = node.num_critical + max(child.num_critical for child in node.children)
         node.tokens.extend(first.tokens)
         node.tokens.extend(suffix)
-        node.num_generated += sum(child.num_generated for child in node.children)
-        node.num_critical += max(child.num_critical for child in node.children)
+        node.num_given += len(node.stage.join_ids) + sum(c.num_given for c in node.children)
+        node.num_off_path = len(node.tokens) - num_critical
         node.children = ()
         events.append(JoinEvent(node, first, tuple(suffix)))
         self._insert_leaf(node)

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from taper_trtllm.batch import IntArray
 from taper_trtllm.request import (
     ParallelStage,
     SerialStage,
@@ -32,44 +35,48 @@ def serial_footprint_blocks(
 
 
 class KvBudget:
-    """Blocks that are left to hand out in one step.
+    """Blocks that are left to hand out in one step, among R requests.
+
+    Args:
+        num_blocks: Blocks in the pool.
+        reserved: [R] blocks reserved for each request.
+        held: [R] blocks that it holds.
 
     Attributes:
         num_unreserved_blocks: Blocks that no request has reserved or holds.
     """
 
-    def __init__(self, num_blocks: int) -> None:
-        self.num_unreserved_blocks = num_blocks
-        self._reserved: dict[int, int] = {}
-        self._held: dict[int, int] = {}
+    def __init__(self, num_blocks: int, reserved: IntArray, held: IntArray) -> None:
+        self._reserved = reserved
+        self._held = held
+        self.num_unreserved_blocks = num_blocks - int(np.maximum(reserved, held).sum())
 
-    def open(self, family: int, num_reserved: int, num_held: int) -> None:
-        """Accounts for a request that runs."""
-        self._reserved[family] = num_reserved
-        self._held[family] = num_held
-        self.num_unreserved_blocks -= max(num_reserved, num_held)
+    @property
+    def headroom(self) -> IntArray:
+        """[R] blocks reserved for each request that it does not hold."""
+        return np.maximum(self._reserved - self._held, 0)
 
-    def close(self, family: int) -> None:
-        """A request holds nothing any more."""
-        self.num_unreserved_blocks += max(self._reserved.pop(family), self._held.pop(family))
-
-    def headroom(self, family: int) -> int:
-        """Blocks reserved for a request that it does not hold."""
-        return max(0, self._reserved[family] - self._held[family])
-
-    def fits(self, family: int, num_blocks: int) -> bool:
+    def fits(self, index: int, num_blocks: int) -> bool:
         """Whether a request may take so many blocks."""
-        return num_blocks <= self.headroom(family) + self.num_unreserved_blocks
+        headroom = max(0, int(self._reserved[index] - self._held[index]))
+        return num_blocks <= headroom + self.num_unreserved_blocks
 
-    def take(self, family: int, num_blocks: int) -> None:
-        """Takes blocks that fit."""
-        self._move(family, num_blocks)
-
-    def give_back(self, family: int, num_blocks: int) -> None:
-        """Returns blocks that a request has freed."""
-        self._move(family, -num_blocks)
-
-    def _move(self, family: int, num_blocks: int) -> None:
-        reserved, held = self._reserved[family], self._held[family]
-        self._held[family] = held + num_blocks
+    def take(self, index: int, num_blocks: int) -> None:
+        """Takes blocks that fit; returns them if the number is negative."""
+        reserved, held = int(self._reserved[index]), int(self._held[index])
+        self._held[index] = held + num_blocks
         self.num_unreserved_blocks += max(reserved, held) - max(reserved, held + num_blocks)
+
+    def take_all(self, num_blocks: IntArray) -> bool:
+        """Takes [R] blocks if they fit together; False, and nothing is taken, if not."""
+        unreserved = int(np.maximum(num_blocks - self.headroom, 0).sum())
+        if unreserved > self.num_unreserved_blocks:
+            return False
+        self._held = self._held + num_blocks
+        self.num_unreserved_blocks -= unreserved
+        return True
+
+    def close(self, index: int) -> None:
+        """A request is gone: it holds nothing, and nothing is reserved for it."""
+        self.num_unreserved_blocks += int(max(self._reserved[index], self._held[index]))
+        self._reserved[index] = self._held[index] = 0

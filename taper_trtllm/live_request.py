@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import compress
 
-from taper_trtllm.engines.base import Engine, SequenceId, SequenceParams
+import numpy as np
+
+from taper_trtllm.batch import IntArray
+from taper_trtllm.engines.base import SequenceParams
 from taper_trtllm.fork_join import (
     BranchNode,
     BranchStatus,
-    DoneEvent,
     ForkJoinState,
     JoinEvent,
     TokenEvent,
 )
 from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput
 from taper_trtllm.request import ForkJoinRequest, max_live_leaves
+from taper_trtllm.sequence_table import LiveSequence, NewTokens, SequenceTable
 from taper_trtllm.slo import SlackTracker
 
 OutputCallback = Callable[[RequestOutput], None]
-
-
-@dataclass(slots=True, eq=False)
-class LiveSequence:
-    """One branch's sequence on the engine.
-
-    Attributes:
-        sequence_id: The engine's id.
-        node: The branch.
-        num_shared_tokens: Tokens it took over from its parent by reference.
-        last_advanced: Step in which it last got a token.
-    """
-
-    sequence_id: SequenceId
-    node: BranchNode
-    num_shared_tokens: int
-    last_advanced: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +42,12 @@ class LiveRequest:
         request: What the client asked for.
         family: The engine's family id; also the arrival order.
         num_reserved_blocks: KV blocks reserved for it.
+        ready_rows: [L] rows of the leaves that decode in their next step, in program order.
+        ready_paths: Their branch paths.
+        prefill_needs: What must be computed before other branches can decode or fork, in program
+            order. It is stable over steps: whoever protects the first need sees it through.
         stage_width: Width granted in the first step after the last fork or join; 0 before it.
-        protected: The branch that this step protects; set by the planner.
+        protected: The sequence that this step protects; set by the planner.
     """
 
     def __init__(
@@ -75,8 +66,11 @@ class LiveRequest:
         self.on_output = on_output
         self.arrival_s = arrival_s
         self.state = ForkJoinState(request)
+        self.ready_rows: IntArray = np.zeros(0, dtype=np.int64)
+        self.ready_paths: tuple[str, ...] = ()
+        self.prefill_needs: tuple[PrefillNeed, ...] = ()
         self.stage_width = 0
-        self.protected: BranchNode | None = None
+        self.protected: LiveSequence | None = None
         self._max_live_leaves = max_live_leaves(request.program)
         self._sequences: dict[BranchNode, LiveSequence] = {}
         self._unforked: list[BranchNode] = []  # waiting branches whose children were dropped
@@ -105,73 +99,44 @@ class LiveRequest:
         """Its first token was produced."""
         return self.tracker.first_token_s is not None
 
-    def start(self, engine: Engine, next_id: Callable[[], SequenceId], step: int) -> None:
+    def start(self, sequences: SequenceTable) -> None:
         """Registers the root; after a suspension with all the text it has."""
         root = self.state.root
-        sequence = LiveSequence(next_id(), root, 0, step)
         tokens = (*self.request.input_ids, *root.tokens)
-        engine.add_sequence(sequence.sequence_id, self.family, tokens, self._params(root))
-        self._sequences[root] = sequence
+        self._sequences[root] = sequences.add(root, self.family, tokens, self._params(root))
         if root.status is BranchStatus.WAITING:
             self._unforked.append(root)
 
-    def fork_where_ready(
-        self, engine: Engine, next_id: Callable[[], SequenceId], step: int
-    ) -> None:
+    def fork_where_ready(self, sequences: SequenceTable) -> None:
         """Forks every branch whose prefix is computed; nested forks follow at once."""
         progress = True
         while progress:
             progress = False
             for node in [*self._unforked, *self._forking()]:
                 sequence = self._sequences.get(node)
-                if sequence is None:
-                    continue
-                computed = engine.num_computed_tokens(sequence.sequence_id)
-                if computed >= node.num_fork_tokens:
-                    self._fork(engine, node, next_id, step)
+                if sequence and sequences.num_computed(sequence) >= node.num_fork_tokens:
+                    self._fork(sequences, node)
                     progress = True
 
     def _forking(self) -> list[BranchNode]:
         return [leaf for leaf in self.state.leaves if leaf.status is BranchStatus.FORKING]
 
-    def _fork(
-        self, engine: Engine, node: BranchNode, next_id: Callable[[], SequenceId], step: int
-    ) -> None:
+    def _fork(self, sequences: SequenceTable, node: BranchNode) -> None:
         shared = node.num_fork_tokens
         if node.status is BranchStatus.FORKING:
             self.state.fork(node)
             self._num_forks += 1
             self._num_reused_tokens += shared * len(node.children)
-            self._num_reused_blocks += (
-                shared // engine.capabilities.tokens_per_block * len(node.children)
-            )
+            self._num_reused_blocks += shared // sequences.tokens_per_block * len(node.children)
             self.stage_width = 0
         else:
             self._unforked.remove(node)
+        parent = self._sequences[node]
         for child in node.children:
             if child.status is not BranchStatus.DONE or child.index == 0:
-                self._add_child(engine, child, shared, next_id, step)
-
-    def _add_child(
-        self,
-        engine: Engine,
-        child: BranchNode,
-        num_shared: int,
-        next_id: Callable[[], SequenceId],
-        step: int,
-    ) -> None:
-        assert child.parent is not None
-        sequence = LiveSequence(next_id(), child, num_shared, step)
-        engine.fork_sequence(
-            self._sequences[child.parent].sequence_id,
-            sequence.sequence_id,
-            num_shared,
-            child.tokens,
-            self._params(child),
-        )
-        self._sequences[child] = sequence
-        if child.status is BranchStatus.WAITING:
-            self._unforked.append(child)
+                self._sequences[child] = sequences.fork(parent, child, shared, self._params(child))
+                if child.status is BranchStatus.WAITING:
+                    self._unforked.append(child)
 
     def _params(self, node: BranchNode) -> SequenceParams:
         """Each branch draws from a seed of its own, so equal branches differ."""
@@ -179,98 +144,97 @@ class LiveRequest:
         digest = hashlib.blake2b(seed, digest_size=8).digest()
         return SequenceParams(self.request.sampling, int.from_bytes(digest, "little") >> 1)
 
-    def ready_sequences(self, engine: Engine) -> list[LiveSequence]:
-        """Leaves that decode in their next step, in program order."""
-        ready = []
-        for leaf in self.state.leaves:
-            sequence = self._sequences.get(leaf)
-            if (
-                sequence is not None
-                and leaf.status is BranchStatus.DECODING
-                and self._num_pending(engine, sequence) == 1
-            ):
-                ready.append(sequence)
-        return ready
+    def survey(self, sequences: SequenceTable, max_width: int | None) -> None:
+        """Lists anew which leaves are ready and what must be prefilled; due after every change.
 
-    def prefill_needs(self, engine: Engine, max_width: int | None) -> list[PrefillNeed]:
-        """What must be computed before branches can decode or fork, in program order.
-
-        The order is stable over steps: whoever protects the first need sees it through.
+        Args:
+            sequences: The table, refreshed.
+            max_width: Leaves that may be prefilled or forked at a time; None for all of them.
         """
-        needs: dict[BranchNode, PrefillNeed] = {}
+        decoding = [
+            sequence
+            for leaf in self.state.leaves
+            if leaf.status is BranchStatus.DECODING
+            and (sequence := self._sequences.get(leaf)) is not None
+        ]
+        rows = np.array([sequence.row for sequence in decoding], dtype=np.int64)
+        columns = sequences.rows(rows)
+        is_ready = columns["num_tokens"] - columns["num_computed"] == 1
+        self.ready_rows = rows[is_ready]
+        self.ready_paths = tuple(compress((s.node.path for s in decoding), is_ready.tolist()))
+        self.prefill_needs = tuple(self._needs(sequences, max_width))
+
+    def _needs(self, sequences: SequenceTable, max_width: int | None) -> Iterator[PrefillNeed]:
+        seen: set[BranchNode] = set()
         for leaf in self.state.leaves[:max_width]:
             node = leaf
             while node not in self._sequences:  # dropped: its parent must be forked again first
                 assert node.parent is not None
                 node = node.parent
-            need = self._need(engine, node)
-            if need is not None:
-                needs[node] = need
-        return list(needs.values())
+            if node not in seen:
+                seen.add(node)
+                yield from self._need(sequences, node)
 
-    def _need(self, engine: Engine, node: BranchNode) -> PrefillNeed | None:
+    def _need(self, sequences: SequenceTable, node: BranchNode) -> Iterator[PrefillNeed]:
         sequence = self._sequences[node]
         if node.status is BranchStatus.DECODING:
-            pending = self._num_pending(engine, sequence)
-            return PrefillNeed(sequence, pending, sample=True) if pending > 1 else None
-        missing = node.num_fork_tokens - engine.num_computed_tokens(sequence.sequence_id)
-        return PrefillNeed(sequence, missing, sample=False) if missing > 0 else None
-
-    @staticmethod
-    def _num_pending(engine: Engine, sequence: LiveSequence) -> int:
-        return engine.num_tokens(sequence.sequence_id) - engine.num_computed_tokens(
-            sequence.sequence_id
-        )
+            pending = sequences.num_pending(sequence)
+            if pending > 1:
+                yield PrefillNeed(sequence, pending, sample=True)
+        else:
+            missing = node.num_fork_tokens - sequences.num_computed(sequence)
+            if missing > 0:
+                yield PrefillNeed(sequence, missing, sample=False)
 
     # -------------------------------------------------------------------------- giving back
 
-    def drop_extras(self, engine: Engine) -> Iterator[BranchNode]:
+    def drop_extras(self, sequences: SequenceTable) -> Iterator[BranchNode]:
         """Drops, one per item, the subtrees beside the protected branch; last branch first."""
-        chain = list(_ancestors(self.protected or self.state.root))
+        chain = list(_ancestors(self.protected.node if self.protected else self.state.root))
         for node in reversed(chain):
             for child in reversed(node.children):
                 sequence = self._sequences.get(child)
                 if child in chain or sequence is None:
                     continue
-                computed = engine.num_computed_tokens(sequence.sequence_id)
+                computed = sequences.num_computed(sequence)
                 if computed > sequence.num_shared_tokens or child.children:
-                    self._drop(engine, child)
+                    self._drop(sequences, child)
                     yield child
 
-    def _drop(self, engine: Engine, node: BranchNode) -> None:
+    def _drop(self, sequences: SequenceTable, node: BranchNode) -> None:
         """Frees the KV of a subtree; every token is kept."""
-        self._count_lost(engine, node)
+        self._count_lost(sequences, node)
         for below in node.children:
-            self._forget(engine, below)
+            self._forget(sequences, below)
         if node.status is BranchStatus.WAITING and node not in self._unforked:
             self._unforked.append(node)
-        engine.preempt_sequence(self._sequences[node].sequence_id)
+        sequences.preempt(self._sequences[node])
 
-    def _count_lost(self, engine: Engine, node: BranchNode) -> None:
+    def _count_lost(self, sequences: SequenceTable, node: BranchNode) -> None:
         sequence = self._sequences.get(node)
         if sequence is not None:
-            computed = engine.num_computed_tokens(sequence.sequence_id)
+            computed = sequences.num_computed(sequence)
             self._num_recomputed_tokens += max(0, computed - sequence.num_shared_tokens)
         for below in node.children:
-            self._count_lost(engine, below)
+            self._count_lost(sequences, below)
 
-    def _forget(self, engine: Engine, node: BranchNode) -> None:
+    def _forget(self, sequences: SequenceTable, node: BranchNode) -> None:
         for below in node.children:
-            self._forget(engine, below)
+            self._forget(sequences, below)
         sequence = self._sequences.pop(node, None)
         if sequence is not None:
-            engine.release_sequence(sequence.sequence_id)
+            sequences.release(sequence)
         if node in self._unforked:
             self._unforked.remove(node)
 
-    def suspend(self, engine: Engine) -> None:
+    def suspend(self, sequences: SequenceTable) -> None:
         """Frees all its KV until it is started again; every token is kept."""
-        self._count_lost(engine, self.state.root)
-        self.release(engine)
+        self._count_lost(sequences, self.state.root)
+        self.release(sequences)
 
-    def release(self, engine: Engine) -> None:
+    def release(self, sequences: SequenceTable) -> None:
         """Leaves the engine."""
-        self._forget(engine, self.state.root)
+        self._forget(sequences, self.state.root)
 
     # ------------------------------------------------------------------------------ tokens
 
@@ -279,54 +243,56 @@ class LiveRequest:
         return iter(self._sequences.values())
 
     def take_tokens(
-        self,
-        engine: Engine,
-        sequence: LiveSequence,
-        token_ids: Sequence[int],
-        now_s: float,
-        step: int,
+        self, sequences: SequenceTable, taken: NewTokens, now_s: float
     ) -> list[BranchOutput]:
-        """Advances one branch and carries out what follows from it."""
-        sequence.last_advanced = step
-        outputs = []
-        for event in self.state.advance(sequence.node, token_ids):
-            if isinstance(event, TokenEvent):
-                outputs.append(self._record(event, now_s))
-            elif isinstance(event, DoneEvent):
-                if event.node.index != 0:  # branch 0 is taken over by the join
-                    self._forget(engine, event.node)
-            else:
-                self._join(engine, event, now_s, step)
-        return outputs
-
-    def _record(self, event: TokenEvent, now_s: float) -> BranchOutput:
-        serial = event.node is self.state.root
-        self.tracker.record_tokens(now_s, len(event.token_ids), serial)
-        self._end_join_wait(now_s)
-        if serial and event.finish_reason is not None:
-            self.tracker.end_serial_stage()
-        return BranchOutput(
-            event.node.path, event.stage_index, event.token_ids, event.finish_reason
-        )
-
-    def _join(self, engine: Engine, event: JoinEvent, now_s: float, step: int) -> None:
-        self.stage_width = 0
-        node = event.node
-        if node.status is BranchStatus.DONE and (node.parent is None or node.index != 0):
-            self._forget(engine, event.first_child)
-            return  # nothing follows in this sequence: nothing is computed for it
-        parent = self._sequences[node]
-        child = self._sequences.pop(event.first_child)
-        engine.join_sequence(parent.sequence_id, child.sequence_id, event.suffix_ids)
-        parent.last_advanced = step  # it may be ready at once, and has no claim to go first
-        self._num_joined_tokens += len(event.suffix_ids)
-        if node is self.state.root:
-            self._join_began_s = now_s
-
-    def _end_join_wait(self, now_s: float) -> None:
+        """Advances branches by their tokens of one step and carries out what follows from it."""
+        num_tokens = sum(len(token_ids) for _, token_ids in taken)
+        is_serial = taken[0][0].node is self.state.root  # then there is no other leaf
+        self.tracker.record_tokens(now_s, num_tokens, is_serial)
         if self._join_began_s is not None:
             self._join_wait_s += now_s - self._join_began_s
             self._join_began_s = None
+        outputs = []
+        for sequence, token_ids in taken:
+            node = sequence.node
+            if self.state.append(node, token_ids):
+                outputs.append(BranchOutput(node.path, node.stage_index, token_ids))
+            else:
+                outputs.append(self._end_stage(sequences, sequence, token_ids, now_s))
+        return outputs
+
+    def _end_stage(
+        self,
+        sequences: SequenceTable,
+        sequence: LiveSequence,
+        token_ids: tuple[int, ...],
+        now_s: float,
+    ) -> BranchOutput:
+        """Takes the last tokens of a stage."""
+        last, *events = self.state.advance(sequence.node, token_ids)
+        assert isinstance(last, TokenEvent)
+        if last.node is self.state.root:
+            self.tracker.end_serial_stage()
+        sequences.touch(sequence)
+        for event in events:
+            if isinstance(event, JoinEvent):
+                self._join(sequences, event, now_s)
+            elif event.node.index != 0:  # branch 0 is taken over by the join
+                self._forget(sequences, event.node)
+        return BranchOutput(last.node.path, last.stage_index, last.token_ids, last.finish_reason)
+
+    def _join(self, sequences: SequenceTable, event: JoinEvent, now_s: float) -> None:
+        self.stage_width = 0
+        node = event.node
+        if node.status is BranchStatus.DONE and (node.parent is None or node.index != 0):
+            self._forget(sequences, event.first_child)
+            return  # nothing follows in this sequence: nothing is computed for it
+        parent = self._sequences[node]
+        child = self._sequences.pop(event.first_child)
+        sequences.join(parent, child, event.suffix_ids)
+        self._num_joined_tokens += len(event.suffix_ids)
+        if node is self.state.root:
+            self._join_began_s = now_s
 
     # ------------------------------------------------------------------------- accounting
 

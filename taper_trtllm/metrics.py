@@ -147,8 +147,8 @@ class ServingMetrics:
         self._count(PREEMPTED_SEQUENCES, record.num_preempted)
         self._count(PROBE_STEPS, record.is_probe)
         self._count(ADMITTED_BRANCHES, record.num_extras)
-        for _, _, reason in record.refusals:
-            self._count(DEFERRED_BRANCHES, 1, reason.value)
+        for refusals in record.refusals:
+            self._count(DEFERRED_BRANCHES, len(refusals.branch_paths), refusals.reason.value)
         if record.num_admitted:
             self._observe(WIDTH, record.num_admitted)
         if record.predicted_step_ms is not None:

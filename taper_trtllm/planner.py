@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -18,15 +19,35 @@ from taper_trtllm.batch import (
     BatchState,
     IntArray,
     PrefillLoad,
-    RefusalReason,
+    Refusals,
 )
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.engines.base import Engine, PrefillChunk, StepPlan
 from taper_trtllm.kv_budget import KvBudget
-from taper_trtllm.live_request import LiveRequest, LiveSequence, PrefillNeed
+from taper_trtllm.live_request import LiveRequest, PrefillNeed
 from taper_trtllm.predictor import StepLatencyPredictor
+from taper_trtllm.sequence_table import LiveSequence, Rows, SequenceTable
 
-_Ready = dict[LiveRequest, list[LiveSequence]]  # ready leaves of the running requests
+_NO_ROWS: IntArray = np.zeros(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """The ready leaves: L leaves of R requests in decode.
+
+    Attributes:
+        indices: [R] index of each request among the running ones.
+        requests: [R].
+        rows: [L] rows of the leaves in the sequence table.
+        columns: [L] what the table says of them.
+        batch: The same for the policy; memory and prefill are known later in the plan.
+    """
+
+    indices: IntArray
+    requests: list[LiveRequest]
+    rows: IntArray
+    columns: Rows
+    batch: BatchState
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +56,11 @@ class PlannedStep:
 
     Attributes:
         plan: For the engine.
+        decode_rows: Rows of `plan.decode` in the sequence table.
         decision: None in a step without decode.
         prefill: Its prefill load.
-        ready: Ready leaves by request, in the order of the batch's rows.
-        refusals: (request id, branch path, reason) of every refused leaf.
+        ready: Requests in decode, each with its numbers of ready and of admitted leaves.
+        refusals: Every refused leaf.
         num_context_tokens: Sum of contexts of the decode batch.
         min_slack_ms: Smallest slack of a savable request; None if no clock runs.
         num_preempted: Subtrees dropped and requests suspended for this plan.
@@ -46,10 +68,11 @@ class PlannedStep:
     """
 
     plan: StepPlan
+    decode_rows: IntArray
     decision: AdmissionDecision | None
     prefill: PrefillLoad
     ready: tuple[tuple[LiveRequest, int, int], ...]
-    refusals: tuple[tuple[str, str, RefusalReason], ...]
+    refusals: tuple[Refusals, ...]
     num_context_tokens: int
     min_slack_ms: float | None
     num_preempted: int
@@ -60,7 +83,8 @@ class StepPlanner:
     """Plans steps.
 
     Args:
-        engine: Asked for tokens and blocks, never stepped.
+        engine: Asked for blocks, never stepped.
+        sequences: Its sequences.
         policy: Decides on extras.
         predictor: Says what a prefill token costs.
         scheduler: Limits of a step.
@@ -70,12 +94,14 @@ class StepPlanner:
     def __init__(
         self,
         engine: Engine,
+        sequences: SequenceTable,
         policy: AdmissionPolicy,
         predictor: StepLatencyPredictor,
         scheduler: SchedulerConfig,
         suspend: Callable[[LiveRequest], None],
     ) -> None:
         self._engine = engine
+        self._sequences = sequences
         self._policy = policy
         self._predictor = predictor
         self._scheduler = scheduler
@@ -86,11 +112,12 @@ class StepPlanner:
 
     def budget(self, requests: Sequence[LiveRequest]) -> KvBudget:
         """KV blocks that are left beside the running requests."""
-        budget = KvBudget(self._engine.capabilities.num_kv_blocks)
-        for request in requests:
-            held = self._engine.num_blocks_held(request.family)
-            budget.open(request.family, request.num_reserved_blocks, held)
-        return budget
+        num_held = self._engine.num_blocks_held
+        return KvBudget(
+            self._engine.capabilities.num_kv_blocks,
+            reserved=_column([request.num_reserved_blocks for request in requests]),
+            held=_column([num_held(request.family) for request in requests]),
+        )
 
     def plan(self, running: list[LiveRequest], now_s: float) -> PlannedStep:
         """Plans the next step over the running requests, oldest first.
@@ -99,93 +126,133 @@ class StepPlanner:
         """
         self._num_preempted = 0
         budget = self.budget(running)
-        ready = self._ready(running)
-        batch = self._batch(ready, now_s)
-        self._protect(running, ready, batch, budget)
+        ready = self._survey(running, now_s)
+        self._protect(running, ready, budget)
         if self._num_preempted:
-            ready = self._ready(running)
-            batch = self._batch(ready, now_s)
-        chunks, prefill = self._plan_prefill(ready, budget)
-        return self._admit(ready, batch, budget, chunks, prefill)
+            ready = self._survey(running, now_s)
+        chunks, prefill = self._plan_prefill(running, len(ready.requests), budget)
+        return self._admit(ready, budget, chunks, prefill)
 
-    def _ready(self, running: Sequence[LiveRequest]) -> _Ready:
-        return {r: r.ready_sequences(self._engine) for r in running}
+    def _survey(self, running: Sequence[LiveRequest], now_s: float) -> _Ready:
+        """The ready leaves as they stand."""
+        sequences = self._sequences
+        sequences.refresh()
+        for request in running:
+            if request.family in sequences.changed:
+                request.survey(sequences, self._policy.max_width)
+        sequences.changed.clear()
+        counts = _column([len(request.ready_rows) for request in running])
+        indices = np.flatnonzero(counts)
+        counts = counts[indices]
+        requests = [running[index] for index in indices.tolist()]
+        rows = np.concatenate([_NO_ROWS, *(request.ready_rows for request in requests)])
+        columns = sequences.rows(rows)
+        slack_ms = [request.slack_ms(now_s) for request in requests]
+        savable = [request.is_savable(now_s, self._baseline_ms) for request in requests]
+        batch = BatchState(
+            first_leaf=counts.cumsum() - counts,
+            request_index=np.arange(len(counts)).repeat(counts),
+            context_tokens=columns["num_tokens"],
+            num_generated=columns["num_generated"],
+            last_advanced=columns["last_advanced"],
+            blocks_needed=columns["blocks_needed"],
+            slack_ms=np.array(slack_ms, dtype=np.float64),
+            tpot_slo_ms=np.array([r.tracker.slo.tpot_ms for r in requests], dtype=np.float64),
+            savable=np.array(savable, dtype=np.bool_),
+            stage_width=_column([request.stage_width for request in requests]),
+            kv_headroom_blocks=_NO_ROWS,
+            num_unreserved_blocks=0,
+            prefill=PrefillLoad(),
+            max_batch_size=self._scheduler.max_batch_size,
+        )
+        return _Ready(indices, requests, rows, columns, batch)
 
     # -------------------------------------------------------------------------- protection
 
-    def _protect(
-        self, running: list[LiveRequest], ready: _Ready, batch: BatchState, budget: KvBudget
-    ) -> None:
+    def _protect(self, running: list[LiveRequest], ready: _Ready, budget: KvBudget) -> None:
         """Secures memory for one branch of every request: its baseline leaf or its prefill."""
-        chosen: dict[LiveRequest, tuple[LiveSequence, int]] = {
-            request: (sequence, 1) for request, sequence in self._baseline(ready, batch).items()
-        }
-        for request in running:
-            if not ready[request]:
-                needs = request.prefill_needs(self._engine, self._policy.max_width)
-                num_tokens = min(needs[0].num_tokens, self._scheduler.max_prefill_tokens)
-                chosen[request] = (needs[0].sequence, num_tokens)
-            request.protected = chosen[request][0].node
-        for request, (sequence, num_tokens) in chosen.items():
-            if request.is_running:  # not suspended for another meanwhile
-                blocks = self._engine.num_blocks_needed(sequence.sequence_id, num_tokens)
-                self._take_protected(running, request, blocks, budget)
+        baseline = self._policy.baseline(ready.batch) if ready.requests else _NO_ROWS
+        sequence_ids = ready.columns["sequence_id"][baseline].tolist()
+        for request, sequence_id in zip(ready.requests, sequence_ids, strict=True):
+            request.protected = self._sequences[sequence_id]
+        num_tokens = np.ones(len(running), dtype=np.int64)
+        blocks = np.zeros(len(running), dtype=np.int64)
+        blocks[ready.indices] = ready.batch.blocks_needed[baseline]
+        for index, request in enumerate(running):
+            if not request.ready_paths:
+                need = request.prefill_needs[0]
+                request.protected = need.sequence
+                num_tokens[index] = min(need.num_tokens, self._scheduler.max_prefill_tokens)
+                blocks[index] = self._blocks_needed(need.sequence, int(num_tokens[index]))
+        if not budget.take_all(blocks):
+            self._protect_one_by_one(running, num_tokens.tolist(), budget)
 
-    def _baseline(self, ready: _Ready, batch: BatchState) -> dict[LiveRequest, LiveSequence]:
-        leaves = [s for sequences in ready.values() for s in sequences]
-        if not leaves:
-            return {}
-        requests = [request for request, sequences in ready.items() if sequences]
-        rows = self._policy.baseline(batch)
-        return {r: leaves[i] for r, i in zip(requests, rows, strict=True)}
+    def _protect_one_by_one(
+        self, running: list[LiveRequest], num_tokens: list[int], budget: KvBudget
+    ) -> None:
+        """Requests in decode first, each with as much pressure on the others as it needs."""
+        order = sorted(range(len(running)), key=lambda index: not running[index].ready_paths)
+        for index in order:
+            if index < len(running):  # not suspended for another meanwhile
+                protected = running[index].protected
+                assert protected is not None
+                blocks = self._blocks_needed(protected, num_tokens[index])
+                self._take_protected(running, index, blocks, budget)
 
     def _take_protected(
-        self, running: list[LiveRequest], request: LiveRequest, num_blocks: int, budget: KvBudget
+        self, running: list[LiveRequest], index: int, num_blocks: int, budget: KvBudget
     ) -> None:
         """Takes blocks for a protected branch, whatever must go for it.
 
         In this order: the request's own extras, the extras of others (newest first), the newest
         request as a whole, which may be this one.
         """
-        for owner in (request, *reversed([r for r in running if r is not request])):
-            drops = owner.drop_extras(self._engine)
-            while not budget.fits(request.family, num_blocks):
-                before = self._engine.num_blocks_held(owner.family)
+        num_held = self._engine.num_blocks_held
+        others = (other for other in reversed(range(len(running))) if other != index)
+        for owner_index in chain([index], others):
+            owner = running[owner_index]
+            drops = owner.drop_extras(self._sequences)
+            while not budget.fits(index, num_blocks):
+                before = num_held(owner.family)
                 if next(drops, None) is None:
                     break
-                freed = before - self._engine.num_blocks_held(owner.family)
-                budget.give_back(owner.family, freed)
+                budget.take(owner_index, num_held(owner.family) - before)
                 self._num_preempted += 1
-        while request.is_running and not budget.fits(request.family, num_blocks):
+        while index < len(running) and not budget.fits(index, num_blocks):
             newest = running.pop()
-            budget.close(newest.family)
+            budget.close(len(running))
             self._suspend(newest)
             self._num_preempted += 1
-        if request.is_running:
-            budget.take(request.family, num_blocks)
+        if index < len(running):
+            budget.take(index, num_blocks)
+
+    def _blocks_needed(self, sequence: LiveSequence, num_tokens: int) -> int:
+        return self._engine.num_blocks_needed(sequence.sequence_id, num_tokens)
 
     # ----------------------------------------------------------------------------- prefill
 
     def _plan_prefill(
-        self, ready: _Ready, budget: KvBudget
+        self, running: Sequence[LiveRequest], num_decoding: int, budget: KvBudget
     ) -> tuple[list[PrefillChunk], PrefillLoad]:
         """Chunks in the order: requests that have begun to answer, then prompts, oldest first.
 
         The budget counts tokens without context; those behind a long one count for more.
         """
         budget_left = float(self._scheduler.max_prefill_tokens)
-        room = self._scheduler.max_batch_size - sum(1 for s in ready.values() if s)
+        room = self._scheduler.max_batch_size - num_decoding
         chunks: list[PrefillChunk] = []
         pairs = 0.0
-        for request in sorted(ready, key=lambda r: not r.has_started_decoding):
-            for need in request.prefill_needs(self._engine, self._policy.max_width):
-                before = self._engine.num_computed_tokens(need.sequence.sequence_id)
+        needy = [index for index, request in enumerate(running) if request.prefill_needs]
+        for index in sorted(needy, key=lambda index: not running[index].has_started_decoding):
+            for need in running[index].prefill_needs:
+                before = self._sequences.num_computed(need.sequence)
                 weight = self._predictor.prefill_token_weight(before)
                 most = int(budget_left / weight) or int(not chunks)  # one at least, or no progress
                 if most == 0 or len(chunks) == room:
                     break
                 num_tokens = min(need.num_tokens, most)
-                if not self._may_prefill(request, need, num_tokens, budget):
+                is_protected = need.sequence is running[index].protected  # its blocks are taken
+                if not is_protected and not self._take_for_extra(index, need, num_tokens, budget):
                     continue
                 sample = need.sample and num_tokens == need.num_tokens
                 chunks.append(PrefillChunk(need.sequence.sequence_id, num_tokens, sample))
@@ -193,37 +260,29 @@ class StepPlanner:
                 pairs += num_tokens * (before + num_tokens / 2)
         return chunks, PrefillLoad(len(chunks), sum(c.num_tokens for c in chunks), pairs)
 
-    def _may_prefill(
-        self, request: LiveRequest, need: PrefillNeed, num_tokens: int, budget: KvBudget
+    def _take_for_extra(
+        self, index: int, need: PrefillNeed, num_tokens: int, budget: KvBudget
     ) -> bool:
-        """An extra is started only if the rest of its stage fits too."""
-        if need.sequence.node is request.protected:
-            return True  # its blocks are taken already
+        """Takes blocks to start an extra, only if the rest of its stage fits too."""
         left = need.num_tokens + (need.sequence.node.num_stage_tokens_left if need.sample else 0)
-        sequence_id = need.sequence.sequence_id
-        if not budget.fits(request.family, self._engine.num_blocks_needed(sequence_id, left)):
+        if not budget.fits(index, self._blocks_needed(need.sequence, left)):
             return False
-        budget.take(request.family, self._engine.num_blocks_needed(sequence_id, num_tokens))
+        budget.take(index, self._blocks_needed(need.sequence, num_tokens))
         return True
 
     # --------------------------------------------------------------------------- admission
 
     def _admit(
-        self,
-        ready: _Ready,
-        batch: BatchState,
-        budget: KvBudget,
-        chunks: list[PrefillChunk],
-        prefill: PrefillLoad,
+        self, ready: _Ready, budget: KvBudget, chunks: list[PrefillChunk], prefill: PrefillLoad
     ) -> PlannedStep:
-        leaves = [s for sequences in ready.values() for s in sequences]
-        if not leaves:
+        if not ready.requests:
             plan = StepPlan(prefill=tuple(chunks))
-            return PlannedStep(plan, None, prefill, (), (), 0, None, self._num_preempted, False)
-        requests = [request for request, sequences in ready.items() if sequences]
+            return PlannedStep(
+                plan, _NO_ROWS, None, prefill, (), (), 0, None, self._num_preempted, False
+            )
         batch = replace(
-            batch,
-            kv_headroom_blocks=_column([budget.headroom(r.family) for r in requests]),
+            ready.batch,
+            kv_headroom_blocks=budget.headroom[ready.indices],
             num_unreserved_blocks=budget.num_unreserved_blocks,
             prefill=prefill,
             max_batch_size=self._scheduler.max_batch_size - len(chunks),
@@ -236,28 +295,25 @@ class StepPlanner:
         if len(decision.extras) or is_probe:
             self._num_steps_with_extras += 1
         admitted = np.concatenate([decision.baseline, decision.extras])
-        decode = [leaves[i] for i in admitted]
+        columns = ready.columns[admitted]
         plan = StepPlan(
-            decode=tuple(s.sequence_id for s in decode),
-            max_new_tokens=tuple(s.node.num_stage_tokens_left for s in decode),
+            decode=tuple(columns["sequence_id"].tolist()),
+            max_new_tokens=tuple(columns["num_stage_tokens_left"].tolist()),
             prefill=tuple(chunks),
         )
-        num_ready = np.bincount(batch.request_index, minlength=len(requests))
-        num_admitted = np.bincount(batch.request_index[admitted], minlength=len(requests))
-        owner = [requests[i] for i in batch.request_index]
-        refusals = tuple(
-            (owner[i].request.request_id, leaves[i].node.path, reason)
-            for rows, reason in decision.refused
-            for i in rows
-        )
+        num_ready = np.bincount(batch.request_index)
+        num_admitted = np.bincount(batch.request_index[admitted])
         slack_ms = batch.slack_ms[batch.savable & np.isfinite(batch.slack_ms)]
         return PlannedStep(
             plan=plan,
+            decode_rows=ready.rows[admitted],
             decision=decision,
             prefill=prefill,
-            ready=tuple(zip(requests, num_ready.tolist(), num_admitted.tolist(), strict=True)),
-            refusals=refusals,
-            num_context_tokens=int(batch.context_tokens[admitted].sum()),
+            ready=tuple(
+                zip(ready.requests, num_ready.tolist(), num_admitted.tolist(), strict=True)
+            ),
+            refusals=_refusals(ready, decision),
+            num_context_tokens=int(columns["num_tokens"].sum()),
             min_slack_ms=float(slack_ms.min()) if len(slack_ms) else None,
             num_preempted=self._num_preempted,
             is_probe=is_probe,
@@ -267,30 +323,21 @@ class StepPlanner:
         interval = self._scheduler.probe_interval_steps
         return interval is not None and self._num_steps_with_extras % interval == interval - 1
 
-    def _batch(self, ready: _Ready, now_s: float) -> BatchState:
-        """The ready leaves as they stand; memory and prefill are known later in the plan."""
-        engine = self._engine
-        rows = [(r, sequences) for r, sequences in ready.items() if sequences]
-        requests = [r for r, _ in rows]
-        leaves = [s for _, sequences in rows for s in sequences]
-        savable = [r.is_savable(now_s, self._baseline_ms) for r in requests]
-        counts = _column([len(sequences) for _, sequences in rows])
-        return BatchState(
-            first_leaf=np.cumsum(counts) - counts,
-            request_index=np.repeat(np.arange(len(rows)), counts),
-            context_tokens=_column([engine.num_tokens(s.sequence_id) for s in leaves]),
-            num_generated=_column([s.node.num_generated for s in leaves]),
-            last_advanced=_column([s.last_advanced for s in leaves]),
-            blocks_needed=_column([engine.num_blocks_needed(s.sequence_id, 1) for s in leaves]),
-            slack_ms=np.array([r.slack_ms(now_s) for r in requests], dtype=np.float64),
-            tpot_slo_ms=np.array([r.tracker.slo.tpot_ms for r in requests], dtype=np.float64),
-            savable=np.array(savable, dtype=np.bool_),
-            stage_width=_column([r.stage_width for r in requests]),
-            kv_headroom_blocks=np.zeros(len(rows), dtype=np.int64),
-            num_unreserved_blocks=0,
-            prefill=PrefillLoad(),
-            max_batch_size=self._scheduler.max_batch_size,
+
+def _refusals(ready: _Ready, decision: AdmissionDecision) -> tuple[Refusals, ...]:
+    """Names what was refused."""
+    if not decision.refused:
+        return ()
+    ids = [request.request.request_id for request in ready.requests]
+    paths = [path for request in ready.requests for path in request.ready_paths]
+    return tuple(
+        Refusals(
+            reason,
+            tuple([ids[i] for i in ready.batch.request_index[leaves].tolist()]),
+            tuple([paths[i] for i in leaves.tolist()]),
         )
+        for leaves, reason in decision.refused
+    )
 
 
 def _column(values: Sequence[int]) -> IntArray:

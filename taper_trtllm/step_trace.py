@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ from taper_trtllm.batch import StepRecord
 
 def record_json(record: StepRecord) -> dict[str, Any]:
     """A record as JSON values; each refusal is [request id, branch path, reason]."""
-    values = asdict(record)
-    values["refusals"] = [[r, path, reason.value] for r, path, reason in record.refusals]
+    values: dict[str, Any] = {field.name: getattr(record, field.name) for field in fields(record)}
+    values["refusals"] = [[r, path, reason.value] for r, path, reason in record.refused_leaves]
     values["predicted_externality_ms"] = record.predicted_externality_ms
     values["realised_externality_ms"] = record.realised_externality_ms
     return values

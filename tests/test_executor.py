@@ -224,15 +224,20 @@ def test_no_ready_leaf_starves(drawn, policy, tau):
     engine = ToyEngine(num_kv_blocks=4096)
     executor = make_executor(engine, policy, probe_interval_steps=None)
     waited: dict[tuple[str, str], int] = {}
-    ready_now: dict[str, int] = {}
+    most_ready: dict[str, int] = {}
     planner = executor._planner
     plan = planner.plan
 
     def watch(running, now_s):
         planned = plan(running, now_s)
-        refused = {(r, path) for r, path, _ in planned.refusals}
+        refused = {
+            leaf
+            for r in planned.refusals
+            for leaf in zip(r.request_ids, r.branch_paths, strict=True)
+        }
         for request, num_ready, _ in planned.ready:
-            ready_now[request.request.request_id] = num_ready
+            request_id = request.request.request_id
+            most_ready[request_id] = max(num_ready, most_ready.get(request_id, 0))
         for key in list(waited):
             if key not in refused:
                 del waited[key]
@@ -241,17 +246,7 @@ def test_no_ready_leaf_starves(drawn, policy, tau):
             assert waited[key] < max(2, most_ready[key[0]]), "a leaf starves"
         return planned
 
-    most_ready: dict[str, int] = {}
-
-    def note(running, now_s):
-        for request in running:
-            n = len(request.ready_sequences(engine))
-            most_ready[request.request.request_id] = max(
-                n, most_ready.get(request.request.request_id, 0)
-            )
-        return watch(running, now_s)
-
-    planner.plan = note
+    planner.plan = watch
     for request in named(drawn):
         executor.submit(
             request.model_copy(update={"slo": SloTarget(ttft_ms=500, tpot_ms=tau)}), Collector()
@@ -273,7 +268,7 @@ def test_a_branch_that_joins_at_once_does_not_jump_the_queue():
     executor.drain()
     waited: dict[str, int] = {}
     for record in executor.records:
-        refused = [path for _, path, _ in record.refusals]
+        refused = [path for _, path, _ in record.refused_leaves]
         waited = {path: waited.get(path, 0) + 1 for path in refused}
         assert max(waited.values(), default=0) < len(branches)
 
@@ -289,9 +284,11 @@ def test_every_refusal_has_a_reason_in_the_record(drawn, policy):
     while executor.num_open_requests:
         record = executor.run_once()
         assert record is not None
-        assert record.num_admitted + len(record.refusals) == record.num_ready
+        refused = list(record.refused_leaves)
+        assert record.num_admitted + len(set(refused)) == record.num_ready
+        assert len({(r, path) for r, path, _ in refused}) == len(refused)
         assert record.num_admitted >= record.num_requests
-        assert all(isinstance(reason, RefusalReason) for _, _, reason in record.refusals)
+        assert all(isinstance(reason, RefusalReason) for _, _, reason in refused)
 
 
 def test_forking_computes_only_headers_and_takes_no_block():

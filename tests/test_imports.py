@@ -22,6 +22,7 @@ FLOORS = [  # imports run downward only
         "prefill_cost",
         "step_correction",
         "kv_budget",
+        "sequence_table",
         "engines.base",
         "engines.kv_cache",
         "engines.paged_engine",

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from taper_trtllm import metrics as names
-from taper_trtllm.batch import RefusalReason, StepRecord
+from taper_trtllm.batch import RefusalReason, Refusals, StepRecord
 from taper_trtllm.metrics import FAMILIES, MetricChange, ServingMetrics
 from taper_trtllm.output import RequestMetrics
 
@@ -23,7 +23,7 @@ STEP = StepRecord(
     num_ready=5,
     num_admitted=3,
     num_extras=1,
-    refusals=(("a", "0.1", RefusalReason.SLACK), ("a", "0.2", RefusalReason.SLACK)),
+    refusals=(Refusals(RefusalReason.SLACK, ("a", "a"), ("0.1", "0.2")),),
     num_prefill_tokens=7,
     num_queued=0,
     num_free_blocks=9,
