@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from perf.argument_types import at_least_0, count, positive, positive_int, share
 from perf.grpc_client import ClientConfig
 from perf.metrics import SloScore
 from perf.result import METRIC_NAMES
@@ -42,7 +43,7 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
         help="a request fails after so many seconds (%(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--request-cancellation-rate", type=_share, default=0.0, metavar="SHARE",
+        "--request-cancellation-rate", type=share, default=0.0, metavar="SHARE",
         help="share of requests that are withdrawn while they decode (%(default)s)",
     )  # fmt: skip
 
@@ -67,7 +68,7 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
         "--arrivals", choices=("gamma", "trace"), default="gamma",
         help="drawn, or the trace's own stretched to the rate (%(default)s)",
     )  # fmt: skip
-    group.add_argument("--num-warmups", type=_count, default=0, help="unmeasured requests before")
+    group.add_argument("--num-warmups", type=count, default=0, help="unmeasured requests before")
     group.add_argument("--seed", type=int, default=0, help="%(default)s")
     group.add_argument("--request-id-prefix", default="bench-", help="%(default)s")
 
@@ -79,10 +80,10 @@ def _add_synthetic(group: argparse._ArgumentGroup) -> None:
         ("output-len", positive_int, "tokens of a `random` request"),
         ("num-branches", positive_int, "fan-out"),
         ("branch-len", positive_int, "mean tokens of a branch"),
-        ("branch-len-cv", _at_least_0, "coefficient of variation of branch lengths"),
+        ("branch-len-cv", at_least_0, "coefficient of variation of branch lengths"),
         ("serial-len", positive_int, "tokens before the fork, and after the join"),
-        ("fork-fraction", _share, "share of `fork-join` requests that fork"),
-        ("shared-prefix-len", _count, "first prompt tokens common to all requests"),
+        ("fork-fraction", share, "share of `fork-join` requests that fork"),
+        ("shared-prefix-len", count, "first prompt tokens common to all requests"),
     ):
         default = getattr(defaults, flag.replace("-", "_"))
         group.add_argument(f"--{flag}", type=kind, default=default, help=f"{text} (%(default)s)")
@@ -188,40 +189,6 @@ def score_of(arguments: argparse.Namespace) -> SloScore:
 
 
 # ------------------------------------------------------------------------------- argument types
-
-
-def positive(text: str) -> float:
-    """An argument above 0."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be positive (got {text})")
-    return value
-
-
-def positive_int(text: str) -> int:
-    """An argument of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1 (got {text})")
-    return value
-
-
-def _count(text: str) -> int:
-    return int(_at_least_0(text))
-
-
-def _at_least_0(text: str) -> float:
-    value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0 (got {text})")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"must be in [0, 1] (got {text})")
-    return value
 
 
 def _goodput_item(text: str) -> tuple[str, float]:

@@ -87,6 +87,50 @@ def _draw_curve(
     axis.fill_between(loads, low, high, color=colour, alpha=0.15, linewidth=0)
 
 
+def plot_simulation(
+    results: Sequence[Result],
+    capacities: Mapping[str, float | None],
+    target: float,
+    tpot_slo_ms: float,
+    path: Path,
+) -> None:
+    """Curves over the request rate: mean over seeds, band from least to most.
+
+    Args:
+        results: Of `perf.simulate`.
+        capacities: SLO capacity by policy, drawn upright; None where it was not found.
+        target: Attainment at capacity.
+        tpot_slo_ms: tau, drawn where a TPOT is.
+        path: PNG to write.
+    """
+    cells: dict[str, dict[float, list[Result]]] = {}
+    for result in results:
+        cells.setdefault(result["policy"], {}).setdefault(result["request_rate"], []).append(result)
+    figure, axes = plt.subplots(2, 3, figsize=(15, 8.5))
+    panels: list[tuple[str, str, Select, float | None]] = [
+        ("SLO attainment", "share of requests", lambda r: r["slo_attainment"], target),
+        ("Request goodput", "requests/s that met their SLO", lambda r: r["request_goodput"], None),
+        ("Token goodput", "tokens/s of requests that met their SLO", lambda r: r["token_goodput"],
+         None),
+        ("TPOT of victims", "P99, ms", group_value("victims", "p99_tpot_ms"), tpot_slo_ms),
+        ("Serial TPOT of branching", "P99, ms", group_value("branching", "p99_serial_tpot_ms"),
+         tpot_slo_ms),
+        ("Stretch of branching", "median", group_value("branching", "p50_stretch"), None),
+    ]  # fmt: skip
+    for axis, (title, label, select, bound) in zip(axes.flat, panels, strict=True):
+        for policy, colour in colours(list(cells)).items():
+            _draw_curve(axis, cells[policy], select, policy, colour)
+            if (rate := capacities.get(policy)) is not None:
+                axis.axvline(rate, color=colour, linestyle="--", linewidth=1)
+        if bound is not None:
+            axis.axhline(bound, color="black", linestyle=":", linewidth=1)
+        axis.set(title=title, xlabel="requests/s", ylabel=label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+    axes.flat[0].legend()
+    _save(figure, path)
+
+
 def plot_comparison(results: Mapping[str, Result], tpot_slo_ms: float, path: Path) -> None:
     """Bars of goodput, attainment and serial TPOT, one per policy.
 

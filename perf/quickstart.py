@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from perf.bench_arguments import positive, positive_int
+from perf.argument_types import positive, positive_int
 from perf.cell import Experiment, check_policies, run_cell
 from perf.grpc_client import ServerUnavailableError
 from perf.plots import plot_comparison

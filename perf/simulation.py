@@ -6,12 +6,10 @@ The executor, its policies and its predictor are those that serve; the engine be
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from perf.program import critical_tokens
-from perf.workload import WorkloadRequest
+from perf.offered_load import Offer
 from taper_trtllm.batch import StepRecord
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.engines.simulated import SimulatedConfig, SimulatedEngine
@@ -31,6 +29,7 @@ class Deployment:
         engine: Memory, prefill, disturbances.
         scheduler: Policy and limits of a step.
         slo: Objective of every request.
+        limits: What one request may ask for.
     """
 
     profile: LatencyProfile
@@ -38,25 +37,24 @@ class Deployment:
     engine: SimulatedConfig
     scheduler: SchedulerConfig
     slo: SloTarget
+    limits: RequestLimits
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SimulatedRequest:
-    """What one request got.
+    """What one request got; times are virtual.
 
     Attributes:
-        family: Kind of request, as the workload names it.
-        is_branching: Its program has a parallel stage.
+        offer: What was asked for.
         arrival_s: When it arrived.
-        critical_tokens: Decoded tokens on its longest path.
-        metrics: The server's account of it; None if it had not finished when the run ended.
+        end_s: When it finished; None if it had not when the run ended.
+        metrics: The server's account of it, once it finished.
     """
 
-    family: str
-    is_branching: bool
+    offer: Offer
     arrival_s: float
-    critical_tokens: int
-    metrics: RequestMetrics | None
+    end_s: float | None = None
+    metrics: RequestMetrics | None = None
 
     @property
     def is_met(self) -> bool:
@@ -66,7 +64,7 @@ class SimulatedRequest:
 
 def simulate(
     deployment: Deployment,
-    requests: Iterable[WorkloadRequest],
+    arrivals: Iterable[tuple[float, Offer]],
     end_s: float,
     scored_until_s: float = float("inf"),
     observe: Callable[[StepRecord], None] | None = None,
@@ -75,49 +73,43 @@ def simulate(
 
     Args:
         deployment: The server.
-        requests: In order of arrival.
+        arrivals: Arrival times and requests in order of arrival; may be endless.
         end_s: Requests that are open then stay without metrics.
         scored_until_s: Requests that arrive later only keep the load up.
         observe: Called with the record of every step.
 
     Returns:
-        One entry per request, in order.
+        One entry per request that arrived, in order.
     """
-    requests = list(requests)
     engine = SimulatedEngine(deployment.truth, deployment.engine)
-    limits = RequestLimits(
-        max_prompt_tokens=deployment.engine.max_seq_len,
-        max_total_tokens=deployment.engine.max_seq_len,
-        max_queue_length=len(requests) + 1,
-    )
     executor = TaperExecutor(
-        engine, deployment.profile, deployment.scheduler, limits, deployment.slo
+        engine, deployment.profile, deployment.scheduler, deployment.limits, deployment.slo
     )
     if observe is not None:
         executor.add_step_observer(observe)
-    finished: dict[str, RequestMetrics | None] = {}
-    awaited = {r.request.request_id for r in requests if r.arrival_s < scored_until_s}
+    arrived: list[SimulatedRequest] = []
+    open_scored: set[str] = set()
 
-    def take(output: RequestOutput) -> None:
-        if output.finished:
-            completed = output.finish_reason == "completed"
-            finished[output.request_id] = output.metrics if completed else None
-            awaited.discard(output.request_id)
+    def submit(request: SimulatedRequest) -> None:
+        def take(output: RequestOutput) -> None:
+            if output.finish_reason == "completed":
+                request.end_s, request.metrics = engine.now_s(), output.metrics
+            if output.finished:
+                open_scored.discard(output.request_id)
 
-    arrivals = deque(requests)
-    while engine.now_s() < end_s and awaited:
-        while arrivals and arrivals[0].arrival_s <= engine.now_s():
-            arrival = arrivals.popleft()
-            executor.submit(arrival.request, take, arrival.arrival_s)
-        if executor.run_once() is None and arrivals:
-            engine.advance_to(arrivals[0].arrival_s)
-    return [
-        SimulatedRequest(
-            family=r.family,
-            is_branching=any(s.type == "parallel" for s in r.request.program),
-            arrival_s=r.arrival_s,
-            critical_tokens=critical_tokens(r.request.program),
-            metrics=finished.get(r.request.request_id),
-        )
-        for r in requests
-    ]
+        arrived.append(request)
+        if request.arrival_s < scored_until_s:
+            open_scored.add(request.offer.request.request_id)
+        executor.submit(request.offer.request, take, request.arrival_s)
+
+    upcoming = iter(arrivals)
+    following = next(upcoming, None)
+    while engine.now_s() < end_s:
+        while following is not None and following[0] <= engine.now_s():
+            submit(SimulatedRequest(following[1], following[0]))
+            following = next(upcoming, None)
+        if not open_scored and (following is None or following[0] >= scored_until_s):
+            break
+        if executor.run_once() is None and following is not None:
+            engine.advance_to(following[0])
+    return arrived

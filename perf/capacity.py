@@ -1,0 +1,161 @@
+"""SLO capacity: the highest request rate at which enough requests meet their objective. Pure.
+
+Attainment falls with the rate, but a few seeds make it wiggle, and bisection then ends anywhere.
+So it is measured on a grid of rates around the capacity, made antitonic by least squares, and read
+where it crosses the target. The spread is that over resampled seeds; two policies are compared on
+the same resampled seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+STEPS_PER_DECADE = 80  # neighbouring rates of the grid differ by 2.9 %
+
+_PROBE_SEEDS = 2
+_PROBE_STRIDE = 8  # 26 %
+_MAX_PROBES = 16  # two decades from the start
+_REACH = 4  # grid steps that are measured on both sides of the crossing
+_MAX_STEPS = 40
+_NUM_RESAMPLES = 2000
+
+
+def grid_rate(step: int) -> float:
+    """Rate of a grid step, in requests per second."""
+    return float(10 ** (step / STEPS_PER_DECADE))
+
+
+def grid_step(rate: float) -> int:
+    """The grid step nearest to a rate."""
+    return round(STEPS_PER_DECADE * math.log10(rate))
+
+
+def antitonic_fit(values: FloatArray) -> FloatArray:
+    """The non-increasing sequence nearest to `values` in least squares.
+
+    Args:
+        values: [..., N], along the last axis.
+
+    Returns:
+        [..., N]; element i is min over j <= i of max over k >= i of the mean of j..k.
+    """
+    n = values.shape[-1]
+    sums = np.concatenate([np.zeros((*values.shape[:-1], 1)), np.cumsum(values, axis=-1)], axis=-1)
+    first, last = np.arange(n)[:, None], np.arange(n)[None, :]
+    length = np.maximum(last - first + 1, 1)
+    means = (sums[..., None, 1:] - sums[..., :-1, None]) / length
+    means = np.where(last >= first, means, -np.inf)
+    largest = np.flip(np.maximum.accumulate(np.flip(means, axis=-1), axis=-1), axis=-1)
+    fit: FloatArray = np.where(last >= first, largest, np.inf).min(axis=-2)
+    return fit
+
+
+def crossing(rates: FloatArray, fit: FloatArray, target: float) -> FloatArray:
+    """The highest rate at which an antitonic fit reaches the target.
+
+    Args:
+        rates: [N] ascending.
+        fit: [..., N] non-increasing.
+        target: Of the fit.
+
+    Returns:
+        [...], linear between rates; the first or the last rate if the target is missed or reached
+        everywhere.
+    """
+    reached = (fit >= target).sum(axis=-1)
+    low = np.clip(reached - 1, 0, len(rates) - 2)
+    above = np.take_along_axis(fit, low[..., None], axis=-1)[..., 0]
+    below = np.take_along_axis(fit, low[..., None] + 1, axis=-1)[..., 0]
+    share = np.clip((above - target) / np.maximum(above - below, 1e-12), 0.0, 1.0)
+    share = np.where(reached == len(rates), 1.0, share)
+    found: FloatArray = rates[low] + share * (rates[low + 1] - rates[low])
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """SLO capacity of one policy.
+
+    Attributes:
+        rate: In requests per second; None if the target was not crossed at any rate tried.
+        std: Standard deviation over resampled seeds.
+        resampled: [B] capacity on each resampling; the same seeds in the same place for every
+            policy.
+    """
+
+    rate: float | None
+    std: float | None
+    resampled: FloatArray
+
+
+def capacity(attainment: Mapping[int, Sequence[float]], num_seeds: int, target: float) -> Capacity:
+    """Reads the capacity from a grid.
+
+    Args:
+        attainment: By grid step, one value per seed in order; steps that are not measured on every
+            seed are left out.
+        num_seeds: Seeds of a complete step.
+        target: Share of requests that have to meet their objective.
+    """
+    steps = sorted(step for step, values in attainment.items() if len(values) == num_seeds)
+    nothing = Capacity(None, None, np.empty(0))
+    if len(steps) < 2:
+        return nothing
+    rates = np.array([grid_rate(step) for step in steps])
+    table = np.array([attainment[step] for step in steps], dtype=np.float64)
+    fit = antitonic_fit(table.mean(axis=1))
+    if fit[0] < target or fit[-1] >= target:
+        return nothing
+    draws = np.random.default_rng(0).integers(num_seeds, size=(_NUM_RESAMPLES, num_seeds))
+    resampled = crossing(rates, antitonic_fit(table[:, draws].mean(axis=-1).T), target)
+    return Capacity(float(crossing(rates, fit, target)), float(resampled.std()), resampled)
+
+
+def ratio(one: Capacity, other: Capacity) -> tuple[float, float] | None:
+    """How many times the capacity of another, and the paired standard deviation of that."""
+    if one.rate is None or other.rate is None:
+        return None
+    return one.rate / other.rate, float((one.resampled / other.resampled).std())
+
+
+def wanted_steps(
+    attainment: Mapping[int, Sequence[float]], start: int, num_seeds: int, target: float
+) -> dict[int, int]:
+    """What to measure next in the search for a capacity.
+
+    Far-apart rates on a few seeds until the target is bracketed, then every grid step around the
+    crossing on all seeds; the window moves along if the crossing turns out to lie near its edge.
+
+    Args:
+        attainment: Measured so far, as for `capacity`.
+        start: Grid step to begin at.
+        num_seeds: Seeds of a complete step.
+        target: Share of requests that have to meet their objective.
+
+    Returns:
+        Number of seeds needed by grid step, of those that have fewer; empty at the end.
+    """
+    if not attainment:
+        return {start: min(_PROBE_SEEDS, num_seeds)}
+    steps = sorted(attainment)
+    fit = antitonic_fit(np.array([np.mean(attainment[step]) for step in steps]))
+    if fit[0] < target or fit[-1] >= target:
+        if len(steps) >= _MAX_PROBES:
+            return {}
+        following = steps[0] - _PROBE_STRIDE if fit[0] < target else steps[-1] + _PROBE_STRIDE
+        return {following: min(_PROBE_SEEDS, num_seeds)}
+    middle = grid_step(float(crossing(np.array([grid_rate(s) for s in steps]), fit, target)))
+
+    def missing(reach: int) -> dict[int, int]:
+        window = range(middle - reach, middle + reach + 1)
+        return {step: num_seeds for step in window if len(attainment.get(step, ())) < num_seeds}
+
+    # A window that turns out to be off by one step stays as it is.
+    return missing(_REACH) if missing(_REACH - 1) and len(steps) < _MAX_STEPS else {}
