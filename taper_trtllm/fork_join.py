@@ -192,12 +192,15 @@ class ForkJoinState:
 
     def append(self, node: BranchNode, token_ids: Sequence[int]) -> bool:
         """Takes tokens that a leaf decoded, if its stage goes on; False if that needs `advance`."""
-        tokens = node.tokens
-        if len(tokens) + len(token_ids) >= node.stage_end or not self._stop_ids.isdisjoint(
-            token_ids
-        ):
+        num_tokens = len(token_ids)
+        if len(node.tokens) + num_tokens >= node.stage_end:
             return False
-        self._take(node, token_ids)
+        if self._stop_ids and not self._stop_ids.isdisjoint(token_ids):
+            return False
+        node.tokens.extend(token_ids)
+        self.num_output_tokens += num_tokens
+        if node is self.root:
+            self.num_remaining_serial_tokens -= num_tokens
         return True
 
     def advance(self, node: BranchNode, token_ids: Sequence[int]) -> list[Event]:
@@ -216,7 +219,10 @@ class ForkJoinState:
         used = left if stopped is None else min(left, stopped + 1)
         if used < len(token_ids):
             raise ValueError(f"branch {node.path!r} got tokens beyond the end of its stage")
-        self._take(node, token_ids)
+        node.tokens.extend(token_ids)
+        self.num_output_tokens += len(token_ids)
+        if node is self.root:
+            self.num_remaining_serial_tokens -= len(token_ids)
         reason: FinishReason | None = None
         if stopped is not None:
             reason = "stop"
@@ -227,12 +233,6 @@ class ForkJoinState:
             self._forfeit(node)
             self._next_stage(node, events)
         return events
-
-    def _take(self, node: BranchNode, token_ids: Sequence[int]) -> None:
-        node.tokens.extend(token_ids)
-        self.num_output_tokens += len(token_ids)
-        if node is self.root:
-            self.num_remaining_serial_tokens -= len(token_ids)
 
     def _forfeit(self, node: BranchNode) -> None:
         """What is left of a stage will not be decoded any more."""

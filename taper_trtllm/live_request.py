@@ -246,19 +246,22 @@ class LiveRequest:
         self, sequences: SequenceTable, taken: NewTokens, now_s: float
     ) -> list[BranchOutput]:
         """Advances branches by their tokens of one step and carries out what follows from it."""
-        num_tokens = sum(len(token_ids) for _, token_ids in taken)
-        is_serial = taken[0][0].node is self.state.root  # then there is no other leaf
-        self.tracker.record_tokens(now_s, num_tokens, is_serial)
+        state = self.state
+        num_tokens_before = state.num_output_tokens
+        is_serial = taken[0][0].node is state.root  # then there is no other leaf
         if self._join_began_s is not None:
             self._join_wait_s += now_s - self._join_began_s
             self._join_began_s = None
         outputs = []
         for sequence, token_ids in taken:
             node = sequence.node
-            if self.state.append(node, token_ids):
+            if state.append(node, token_ids):
                 outputs.append(BranchOutput(node.path, node.stage_index, token_ids))
             else:
                 outputs.append(self._end_stage(sequences, sequence, token_ids, now_s))
+        self.tracker.record_tokens(now_s, state.num_output_tokens - num_tokens_before, is_serial)
+        if is_serial and outputs[0].finish_reason is not None:
+            self.tracker.end_serial_stage()
         return outputs
 
     def _end_stage(
@@ -271,8 +274,6 @@ class LiveRequest:
         """Takes the last tokens of a stage."""
         last, *events = self.state.advance(sequence.node, token_ids)
         assert isinstance(last, TokenEvent)
-        if last.node is self.state.root:
-            self.tracker.end_serial_stage()
         sequences.touch(sequence)
         for event in events:
             if isinstance(event, JoinEvent):
@@ -296,22 +297,12 @@ class LiveRequest:
 
     # ------------------------------------------------------------------------- accounting
 
-    def slack_ms(self, now_s: float) -> float:
-        """Time to the request's next deadline."""
-        return self.tracker.slack_s(now_s) * 1e3
-
     def is_savable(self, now_s: float, baseline_ms: float) -> bool:
         """Whether its objective can still be met with steps of T0 and branches all abreast."""
-        state = self.state
-        in_branches = state.num_remaining_tokens - state.num_remaining_serial_tokens
-        steps = state.num_remaining_serial_tokens + -(-in_branches // self._max_live_leaves)
-        return self.tracker.is_savable(
-            now_s,
-            baseline_ms / 1e3,
-            state.num_remaining_tokens,
-            steps,
-            state.num_remaining_serial_tokens,
-        )
+        num_tokens = self.state.num_remaining_tokens
+        num_serial = self.state.num_remaining_serial_tokens
+        num_steps = num_serial - (num_serial - num_tokens) // self._max_live_leaves
+        return self.tracker.is_savable(now_s, baseline_ms / 1e3, num_tokens, num_steps, num_serial)
 
     def count_decode_step(self, num_ready: int, num_advanced: int) -> None:
         """One step in which the request was in decode."""

@@ -147,7 +147,7 @@ class StepPlanner:
         requests = [running[index] for index in indices.tolist()]
         rows = np.concatenate([_NO_ROWS, *(request.ready_rows for request in requests)])
         columns = sequences.rows(rows)
-        slack_ms = [request.slack_ms(now_s) for request in requests]
+        slack_s = [request.tracker.slack_s(now_s) for request in requests]
         savable = [request.is_savable(now_s, self._baseline_ms) for request in requests]
         batch = BatchState(
             first_leaf=counts.cumsum() - counts,
@@ -156,7 +156,7 @@ class StepPlanner:
             num_generated=columns["num_generated"],
             last_advanced=columns["last_advanced"],
             blocks_needed=columns["blocks_needed"],
-            slack_ms=np.array(slack_ms, dtype=np.float64),
+            slack_ms=1e3 * np.array(slack_s, dtype=np.float64),
             tpot_slo_ms=np.array([r.tracker.slo.tpot_ms for r in requests], dtype=np.float64),
             savable=np.array(savable, dtype=np.bool_),
             stage_width=_column([request.stage_width for request in requests]),
@@ -295,7 +295,7 @@ class StepPlanner:
         if len(decision.extras) or is_probe:
             self._num_steps_with_extras += 1
         admitted = np.concatenate([decision.baseline, decision.extras])
-        columns = ready.columns[admitted]
+        columns = ready.columns.take(admitted)
         plan = StepPlan(
             decode=tuple(columns["sequence_id"].tolist()),
             max_new_tokens=tuple(columns["num_stage_tokens_left"].tolist()),

@@ -155,7 +155,7 @@ class SequenceTable:
 
     def rows(self, rows: IntArray) -> Rows:
         """A copy of some rows, as they stand after `refresh`."""
-        return self._rows[rows]
+        return self._rows.take(rows)
 
     def refresh(self) -> None:
         """Reads all touched rows from the engine and the branches."""
@@ -205,7 +205,7 @@ class SequenceTable:
     def _move(self, decode_rows: IntArray, plan: StepPlan, result: StepResult) -> None:
         others = {chunk.sequence_id for chunk in plan.prefill}
         if _went_as_planned(plan, result):
-            moved = self._rows[decode_rows]
+            moved = self._rows.take(decode_rows)
             moved["num_tokens"] += 1
             moved["num_computed"] += 1
             moved["num_generated"] += 1
@@ -213,7 +213,7 @@ class SequenceTable:
             moved["last_advanced"] = self.step
             # It has written to its last block, so that one is its own: a new one if that is full.
             moved["blocks_needed"] = moved["num_computed"] % self.tokens_per_block == 0
-            self._rows[decode_rows] = moved
+            self._rows.put(decode_rows, moved)
         else:
             others.update(plan.decode, result.decoded, result.tokens, result.preempted)
         for sequence_id in others:
