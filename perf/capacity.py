@@ -21,7 +21,7 @@ STEPS_PER_DECADE = 80  # neighbouring rates of the grid differ by 2.9 %
 
 _PROBE_SEEDS = 2
 _PROBE_STRIDE = 8  # 26 %
-_MAX_PROBES = 16  # two decades from the start
+_MAX_PROBES = 20  # a factor of 80 from the start
 _REACH = 4  # grid steps that are measured on both sides of the crossing
 _MAX_STEPS = 40
 _NUM_RESAMPLES = 2000

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from multiprocessing import get_context
 
 from rich.progress import Progress
 
@@ -136,7 +137,8 @@ class CellRunner:
 @contextmanager
 def worker_pool(study: Study, num_processes: int) -> Iterator[ProcessPoolExecutor]:
     """Processes that simulate cells of a study; what is queued is dropped on an exception."""
-    pool = ProcessPoolExecutor(num_processes, initializer=_start_worker, initargs=(study,))
+    # Spawned, since a progress bar's thread may hold a lock at the moment of a fork.
+    pool = ProcessPoolExecutor(num_processes, get_context("spawn"), _start_worker, (study,))
     try:
         yield pool
     finally:

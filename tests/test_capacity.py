@@ -1,0 +1,103 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perf.capacity import (
+    antitonic_fit,
+    capacity,
+    crossing,
+    grid_rate,
+    grid_step,
+    ratio,
+    wanted_steps,
+)
+
+values = st.lists(st.floats(0, 1), min_size=1, max_size=12)
+
+
+def pool_adjacent_violators(sequence):
+    """The textbook algorithm."""
+    blocks = []
+    for value in sequence:
+        blocks.append([value, 1])
+        while len(blocks) > 1 and blocks[-2][0] < blocks[-1][0]:
+            mean, n = blocks.pop()
+            blocks[-1] = [(blocks[-1][0] * blocks[-1][1] + mean * n) / (blocks[-1][1] + n),
+                          blocks[-1][1] + n]  # fmt: skip
+    return [mean for mean, n in blocks for _ in range(n)]
+
+
+@given(values)
+def test_the_fit_is_that_of_pooling_adjacent_violators(sequence):
+    assert antitonic_fit(np.array(sequence)) == pytest.approx(pool_adjacent_violators(sequence))
+
+
+def test_rows_are_fitted_apart():
+    table = np.array([[1.0, 0.5, 0.7], [0.2, 0.4, 0.0]])
+    assert antitonic_fit(table) == pytest.approx(np.array([[1, 0.6, 0.6], [0.3, 0.3, 0]]))
+
+
+def test_the_crossing_is_linear_between_rates_and_ends_at_the_grid():
+    rates = np.array([1.0, 2.0, 4.0])
+    fits = np.array([[1.0, 0.96, 0.94], [1.0, 0.99, 0.95], [0.9, 0.5, 0.1], [1.0, 1.0, 0.9]])
+    assert crossing(rates, fits, 0.95) == pytest.approx([3.0, 4.0, 1.0, 3.0])
+
+
+def curve(rate, true_capacity):
+    """Attainment that falls through 95 % at the capacity."""
+    return float(np.clip(0.95 - 0.8 * (rate / true_capacity - 1), 0.0, 1.0))
+
+
+def search(true_capacity, start, num_seeds, noise, generator):
+    """Runs the search against a made-up system; returns what it measured."""
+    offsets = noise * generator.standard_normal(num_seeds)
+    measured = {}
+    while wanted := wanted_steps(measured, start, num_seeds, 0.95):
+        for step, n in wanted.items():
+            assert len(measured.get(step, ())) < n <= num_seeds
+            measured[step] = [
+                curve(grid_rate(step), true_capacity * (1 + offset)) for offset in offsets[:n]
+            ]
+    return measured
+
+
+@pytest.mark.parametrize("num_seeds", [1, 2, 6])
+@pytest.mark.parametrize("start", [0.03, 0.9, 1.0, 60.0])
+def test_the_search_finds_the_capacity_wherever_it_starts(start, num_seeds):
+    measured = search(1.37, grid_step(start), num_seeds, 0.0, np.random.default_rng(0))
+    found = capacity(measured, num_seeds, 0.95)
+    assert found.rate == pytest.approx(1.37, rel=1e-3)
+    assert found.std == pytest.approx(0.0, abs=1e-9)
+    assert sum(len(v) == num_seeds for v in measured.values()) >= 7
+
+
+def test_the_spread_is_that_of_the_seeds_and_ratios_are_paired():
+    """Seeds differ by 5 %, policies by 10 %: the ratio must not inherit the seeds' spread."""
+    seeds = np.random.default_rng(1).integers(1 << 30)
+    found = []
+    for true_capacity in (1.0, 1.1):
+        measured = search(true_capacity, 0, 12, 0.05, np.random.default_rng(seeds))
+        found.append(capacity(measured, 12, 0.95))
+    low, high = found
+    assert 0.005 < low.std < 0.04
+    times, std = ratio(high, low)
+    assert times == pytest.approx(1.1, rel=5e-3)
+    assert std < low.std / 3
+
+
+def test_a_target_that_is_never_reached_ends_the_search():
+    measured = {}
+    while wanted := wanted_steps(measured, 0, 6, 0.95):
+        measured |= {step: [0.5] * n for step, n in wanted.items()}
+    assert 2 <= len(measured) <= 20
+    nothing = capacity(measured, 6, 0.95)
+    assert nothing.rate is None and nothing.std is None
+    assert ratio(nothing, nothing) is None
+
+
+def test_neighbouring_grid_rates_are_three_per_cent_apart():
+    assert grid_rate(1) / grid_rate(0) == pytest.approx(1.029, abs=1e-3)
+    assert all(grid_step(grid_rate(step)) == step for step in range(-160, 161))
