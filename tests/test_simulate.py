@@ -106,8 +106,7 @@ def test_a_trace_is_replayed_in_its_order_at_the_asked_rate(tmp_path):
     assert config.recorded_rate() == pytest.approx(4 / 9)
     found = take(OfferedLoad(config, 0), 4 / 9, 9)
     lengths = [o.critical_tokens for _, o in found]
-    start = lengths[0]
-    order = [n for n in [1, 2, 3, 5] * 4][[1, 2, 3, 5].index(start) :]
+    order = ([1, 2, 3, 5] * 4)[[1, 2, 3, 5].index(lengths[0]) :]
     assert lengths == order[:9]  # cyclic, without the row over the limit
     gap_before = {1: 9 / 4, 2: 1, 3: 3, 5: 3}
     assert np.diff([t for t, _ in found]) == pytest.approx([gap_before[n] for n in lengths[1:]])
@@ -320,7 +319,7 @@ def test_errors_name_the_option(command, more, named, capsys):
 
 
 def test_a_mix_option_needs_a_mix(capsys):
-    command = ["--profile", "h200_fp8_tp1", "--workload", str(DEFAULT_TRACE), "--request-rate",
-               "1", "--slo-tpot-ms", "30", "--slo-ttft-ms", "1000", "--branch-len", "5"]  # fmt: skip
+    command = ["--profile", "h200_fp8_tp1", "--workload", str(DEFAULT_TRACE), "--request-rate", "1",
+               "--slo-tpot-ms", "30", "--slo-ttft-ms", "1000", "--branch-len", "5"]  # fmt: skip
     assert main(command) == 1
     assert "--branch-len" in capsys.readouterr().err
