@@ -23,6 +23,7 @@ class SlackTracker:
     def __init__(self, slo: SloTarget, arrival_s: float, margin: float) -> None:
         self.slo = slo
         self._arrival_s = arrival_s
+        self._ttft_slo_s = slo.ttft_ms / 1e3
         self._tau_s = slo.tpot_ms / 1e3
         self._step_tau_s = (1 - margin) * self._tau_s
         self.first_token_s: float | None = None
@@ -74,6 +75,10 @@ class SlackTracker:
             slack = min(slack, allowed - spent)
         return slack
 
+    def ttft_left_ms(self, now_s: float) -> float:
+        """Time to the first token's objective; negative once it is missed."""
+        return self.slo.ttft_ms - (now_s - self._arrival_s) * 1e3
+
     def is_savable(
         self,
         now_s: float,
@@ -91,13 +96,13 @@ class SlackTracker:
             num_remaining_steps: Steps they take at its present width.
             num_remaining_serial_tokens: Those of them that are in serial stages.
         """
-        if self.first_token_s is None:
+        first_s = self.first_token_s
+        if first_s is None:
             return True
-        if self.first_token_s - self._arrival_s > self.slo.ttft_ms / 1e3:
+        if first_s - self._arrival_s > self._ttft_slo_s:
             return False
         all_tokens = self.num_tokens + num_remaining_tokens - 1
-        finish_s = now_s - self.first_token_s + num_remaining_steps * step_s
-        if finish_s > all_tokens * self._tau_s:
+        if now_s - first_s + num_remaining_steps * step_s > all_tokens * self._tau_s:
             return False
         spent_s = self._serial_s
         intervals = self._serial_intervals + num_remaining_serial_tokens
