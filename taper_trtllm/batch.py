@@ -39,6 +39,14 @@ class PrefillLoad:
     num_tokens: int = 0
     token_context: float = 0.0
 
+    def with_chunk(self, num_tokens: int, num_computed_tokens: int) -> PrefillLoad:
+        """The load with one chunk more, behind tokens that have KV."""
+        return PrefillLoad(
+            self.num_chunks + 1,
+            self.num_tokens + num_tokens,
+            self.token_context + num_tokens * (num_computed_tokens + num_tokens / 2),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class BatchState:

@@ -68,6 +68,8 @@ class SchedulerConfig(_Model):
         max_batch_size: Sequences in one step.
         max_prefill_tokens: Prefill tokens in one step (the chunk budget), counted without context;
             a token behind a long context counts for as much as it costs more.
+        prompt_chunking: ``slack`` cuts prompts to what the smallest slack leaves and the TTFT
+            objectives ask for (`prefill_gate.py`); ``full`` always uses the chunk budget.
         rho: Share of the slack above T0 that a step may spend.
         kappa: Step budget limit, in smallest tau.
         margin: m; deadlines are built on (1 - m) tau.
@@ -82,6 +84,7 @@ class SchedulerConfig(_Model):
     max_num_requests: _PositiveInt = 16
     max_batch_size: _PositiveInt = 256
     max_prefill_tokens: _PositiveInt = 128
+    prompt_chunking: Literal["slack", "full"] = "slack"
     rho: Annotated[float, Field(gt=0, le=1)] = 1.0
     kappa: Annotated[float, Field(ge=1)] = 1.0
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.1

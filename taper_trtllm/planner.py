@@ -26,6 +26,7 @@ from taper_trtllm.engines.base import Engine, PrefillChunk, StepPlan
 from taper_trtllm.kv_budget import KvBudget
 from taper_trtllm.live_request import LiveRequest, PrefillNeed
 from taper_trtllm.predictor import StepLatencyPredictor
+from taper_trtllm.prefill_gate import PrefillGate, WaitingPrompt
 from taper_trtllm.sequence_table import LiveSequence, Rows, SequenceTable
 
 _NO_ROWS: IntArray = np.zeros(0, dtype=np.int64)
@@ -130,7 +131,7 @@ class StepPlanner:
         self._protect(running, ready, budget)
         if self._num_preempted:
             ready = self._survey(running, now_s)
-        chunks, prefill = self._plan_prefill(running, len(ready.requests), budget)
+        chunks, prefill = self._plan_prefill(running, ready, budget, now_s)
         return self._admit(ready, budget, chunks, prefill)
 
     def _survey(self, running: Sequence[LiveRequest], now_s: float) -> _Ready:
@@ -232,16 +233,17 @@ class StepPlanner:
     # ----------------------------------------------------------------------------- prefill
 
     def _plan_prefill(
-        self, running: Sequence[LiveRequest], num_decoding: int, budget: KvBudget
+        self, running: Sequence[LiveRequest], ready: _Ready, budget: KvBudget, now_s: float
     ) -> tuple[list[PrefillChunk], PrefillLoad]:
         """Chunks in the order: requests that have begun to answer, then prompts, oldest first.
 
         The budget counts tokens without context; those behind a long one count for more.
         """
         budget_left = float(self._scheduler.max_prefill_tokens)
-        room = self._scheduler.max_batch_size - num_decoding
+        room = self._scheduler.max_batch_size - len(ready.requests)
         chunks: list[PrefillChunk] = []
-        pairs = 0.0
+        load = PrefillLoad()
+        gate, limit_ms = self._prompt_limit(running, ready, now_s)
         needy = [index for index, request in enumerate(running) if request.prefill_needs]
         for index in sorted(needy, key=lambda index: not running[index].has_started_decoding):
             for need in running[index].prefill_needs:
@@ -251,14 +253,44 @@ class StepPlanner:
                 if most == 0 or len(chunks) == room:
                     break
                 num_tokens = min(need.num_tokens, most)
+                if gate and not running[index].has_started_decoding:
+                    num_tokens = gate.fitting_tokens(load, num_tokens, before, limit_ms)
+                    if num_tokens == 0:
+                        break
                 is_protected = need.sequence is running[index].protected  # its blocks are taken
                 if not is_protected and not self._take_for_extra(index, need, num_tokens, budget):
                     continue
                 sample = need.sample and num_tokens == need.num_tokens
                 chunks.append(PrefillChunk(need.sequence.sequence_id, num_tokens, sample))
                 budget_left -= num_tokens * weight
-                pairs += num_tokens * (before + num_tokens / 2)
-        return chunks, PrefillLoad(len(chunks), sum(c.num_tokens for c in chunks), pairs)
+                load = load.with_chunk(num_tokens, before)
+        return chunks, load
+
+    def _prompt_limit(
+        self, running: Sequence[LiveRequest], ready: _Ready, now_s: float
+    ) -> tuple[PrefillGate | None, float]:
+        """The gate that prompts pass in this step, and its limit; None without a decode batch."""
+        prompts = [
+            WaitingPrompt(
+                request.prefill_needs[0].num_tokens,
+                request.tracker.ttft_left_ms(now_s),
+                request.tracker.slo.ttft_ms,
+            )
+            for request in running
+            if not request.has_started_decoding and request.prefill_needs
+        ]
+        if self._scheduler.prompt_chunking == "full" or not prompts or not ready.requests:
+            return None, float("inf")
+        batch = ready.batch
+        baseline = self._policy.baseline(batch)
+        gate = PrefillGate(
+            self._predictor,
+            self._scheduler.max_prefill_tokens,
+            width=len(baseline),
+            context_tokens=int(batch.context_tokens[baseline].sum()),
+        )
+        min_slack_ms = float(batch.slack_ms.min(where=batch.savable, initial=np.inf))
+        return gate, gate.limit_ms(min_slack_ms, prompts)
 
     def _take_for_extra(
         self, index: int, need: PrefillNeed, num_tokens: int, budget: KvBudget

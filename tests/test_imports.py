@@ -10,7 +10,15 @@ from pathlib import Path
 import taper_trtllm
 
 PACKAGE = Path(taper_trtllm.__file__).parent
-PURE = {"slo", "fork_join", "predictor", "prefill_cost", "step_correction", "admission"}
+PURE = {
+    "slo",
+    "fork_join",
+    "predictor",
+    "prefill_cost",
+    "step_correction",
+    "admission",
+    "prefill_gate",
+}
 LAZY = {"engines.torch_engine"}  # imported by the function that creates it
 FLOORS = [  # imports run downward only
     {"request", "output", "profile", "batch"},
@@ -32,6 +40,7 @@ FLOORS = [  # imports run downward only
         "engines.simulated",
         "admission",
         "live_request",
+        "prefill_gate",
         "metrics",
         "request_gate",
         "step_trace",
