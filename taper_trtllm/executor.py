@@ -107,7 +107,8 @@ class TaperExecutor:
         self._planner = StepPlanner(
             engine, self._sequences, self._policy, self._predictor, scheduler, self._requeue
         )
-        self._epoch_s = time.time() - self._clock()
+        is_virtual = engine.capabilities.virtual_time
+        self._epoch_s = 0.0 if is_virtual else time.time() - self._clock()
         # Shared with other threads, under the lock.
         self._lock = threading.Lock()
         self._submissions: deque[_Submission] = deque()
