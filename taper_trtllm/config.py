@@ -70,6 +70,8 @@ class SchedulerConfig(_Model):
             a token behind a long context counts for as much as it costs more.
         prompt_chunking: ``slack`` cuts prompts to what the smallest slack leaves and the TTFT
             objectives ask for (`prefill_gate.py`); ``full`` always uses the chunk budget.
+        late_requests: ``defer`` starts waiting requests that missed their TTFT objective after all
+            others; ``fcfs`` keeps the order of arrival.
         rho: Share of the slack above T0 that a step may spend.
         kappa: Step budget limit, in smallest tau.
         margin: m; deadlines are built on (1 - m) tau.
@@ -85,6 +87,7 @@ class SchedulerConfig(_Model):
     max_batch_size: _PositiveInt = 256
     max_prefill_tokens: _PositiveInt = 128
     prompt_chunking: Literal["slack", "full"] = "slack"
+    late_requests: Literal["defer", "fcfs"] = "defer"
     rho: Annotated[float, Field(gt=0, le=1)] = 1.0
     kappa: Annotated[float, Field(ge=1)] = 1.0
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.1

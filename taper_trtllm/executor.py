@@ -37,6 +37,7 @@ from taper_trtllm.request_gate import RequestGate
 from taper_trtllm.sequence_table import SequenceTable
 from taper_trtllm.slo import SlackTracker
 from taper_trtllm.step_trace import StepLog
+from taper_trtllm.waiting_queue import WaitingQueue
 
 logger = logging.getLogger(__name__)
 
@@ -116,7 +117,7 @@ class TaperExecutor:
         self._gate = RequestGate(limits, engine.capabilities)
         self._wake = threading.Event()
         # Owned by the driving thread.
-        self._waiting: deque[LiveRequest] = deque()
+        self._waiting = WaitingQueue(scheduler.late_requests)
         self._running: list[LiveRequest] = []  # oldest first
         self._families = itertools.count()
         self._previous_completion_s: float | None = None
@@ -251,7 +252,7 @@ class TaperExecutor:
 
     def _plan(self, now_s: float) -> PlannedStep:
         while True:
-            self._start_waiting()
+            self._start_waiting(now_s)
             for request in self._running:
                 if request.family in self._sequences.changed:
                     request.fork_where_ready(self._sequences)
@@ -300,7 +301,8 @@ class TaperExecutor:
             cancelled = set(self._cancellations)
             self._submissions.clear()
             self._cancellations.clear()
-        self._waiting.extend(self._live(submission) for submission in submissions)
+        for submission in submissions:
+            self._waiting.append(self._live(submission))
         return cancelled
 
     def _end_cancelled(self, request_ids: set[str]) -> None:
@@ -327,18 +329,18 @@ class TaperExecutor:
             len(request.input_ids), request.program, self._engine.capabilities.tokens_per_block
         )
 
-    def _start_waiting(self) -> None:
-        """Starts waiting requests, first come first served, while slots and KV allow it."""
+    def _start_waiting(self, now_s: float) -> None:
+        """Starts waiting requests in their order, while slots and KV allow it."""
         if not self._waiting:
             return
         unreserved = self._planner.budget(self._running).num_unreserved_blocks
-        while self._waiting and len(self._running) < self._scheduler.max_num_requests:
-            request = self._waiting[0]
-            if request.num_reserved_blocks > unreserved:
+        while len(self._running) < self._scheduler.max_num_requests:
+            request = self._waiting.peek(now_s)
+            if request is None or request.num_reserved_blocks > unreserved:
                 return
             unreserved -= request.num_reserved_blocks
             request.start(self._sequences)
-            self._waiting.popleft()  # after the engine: a request is always in one of the lists
+            self._waiting.remove(request)  # after the engine: it is always in one of the lists
             self._running.append(request)
             self._running.sort(key=lambda r: r.family)
             with self._lock:
@@ -346,7 +348,7 @@ class TaperExecutor:
 
     def _requeue(self, request: LiveRequest) -> None:
         """Suspends a request; it comes back when its whole footprint can be reserved."""
-        self._waiting.appendleft(request)  # before the engine: it is in one of the lists
+        self._waiting.put_back(request)  # before the engine: it is in one of the lists
         request.suspend(self._sequences)
         request.num_reserved_blocks = self._footprint_blocks(request.request)
 

@@ -501,3 +501,22 @@ def test_the_step_log_tells_why_and_becomes_a_chrome_trace(tmp_path):
     events = chrome_trace(steps)["traceEvents"]
     slices = [e for e in events if e["ph"] == "X" and e["name"] != "plan"]
     assert len(slices) == len(steps) and all(e["dur"] >= 0 for e in slices)
+
+
+@pytest.mark.parametrize("late_requests", ["defer", "fcfs"])
+def test_requests_that_missed_their_ttft_wait_for_those_that_can_be_in_time(late_requests):
+    """Deferred, never dropped; a slot frees when the objective of the first two has passed."""
+    engine = ToyEngine()
+    executor = make_executor(engine, max_num_requests=1, late_requests=late_requests)
+    collect = Collector()
+    executor.submit(plain("running", max_tokens=20), collect)
+    for request_id in ("late-0", "late-1"):
+        executor.submit(plain(request_id), collect, arrival_s=-SLO.ttft_ms / 1e3)
+    executor.submit(plain("in time"), collect)
+    run_to_end(executor, engine)
+    order = sorted(collect.outputs, key=lambda i: collect.last(i).metrics.first_scheduled_time_ns)
+    if late_requests == "fcfs":
+        assert order == ["running", "late-0", "late-1", "in time"]
+    else:
+        assert order == ["running", "in time", "late-0", "late-1"]
+    assert all(collect.last(i).finish_reason == "completed" for i in order)
