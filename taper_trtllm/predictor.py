@@ -48,17 +48,21 @@ class StepLatencyPredictor:
         self._mode = mode
         knots, intercepts, slopes = _fit_lines(profile.decode)
         widths = np.arange(max_width + 1)
-        self._position = _knot_positions(widths, knots, profile.width_buckets)
-        self._fitted_intercept_ms = np.maximum(_between(self._position, intercepts), 1e-6)
-        self._fitted_slope_ms = np.maximum(_between(self._position, slopes), 0.0)
+        position = _knot_positions(widths, knots, profile.width_buckets)
+        between = _weights(position, len(knots))
+        self._fitted_intercept_ms = np.maximum(_between(between, intercepts), 1e-6)
+        self._fitted_slope_ms = np.maximum(_between(between, slopes), 0.0)
         if mode == "constant":
             self._make_constant(profile.decode)
         self._fitted_intercept_ms[0] = self._fitted_slope_ms[0] = 0.0  # no decode
         self._correction = StepCorrection(len(knots))
+        self._least_intercept_ms = _LEAST_FACTOR * self._fitted_intercept_ms
+        self._most_intercept_ms = self._fitted_intercept_ms / _LEAST_FACTOR
         self._unit_ms = float(self._fitted_intercept_ms[1])
         self._prefill_factor = 1.0
         self.correction_factor = 1.0
-        self._correction_position = np.minimum(self._position, len(knots) - 1)
+        self._correction_position = np.minimum(position, len(knots) - 1)
+        self._correction_weights = _weights(self._correction_position, len(knots))
         # The corrected lines of every width; predictions read these alone.
         self._intercept_ms = self._fitted_intercept_ms
         self._slope_ms = self._fitted_slope_ms
@@ -128,14 +132,11 @@ class StepLatencyPredictor:
         )
         correction.observe(parts_ms, float(self._correction_position[width]), step_ms)
         constant, per_width, per_context = correction.coefficients
-        bucket = np.exp(_between(self._correction_position, correction.bucket_log))
-        fitted_ms = self._fitted_intercept_ms
-        self._intercept_ms = np.clip(
-            bucket * (per_width * fitted_ms + constant * self._unit_ms),
-            _LEAST_FACTOR * fitted_ms,
-            fitted_ms / _LEAST_FACTOR,
-        )
-        slope = np.clip(per_context * bucket, 0.0, 1 / _LEAST_FACTOR)
+        bucket = _between(self._correction_weights, np.exp(correction.bucket_log))
+        intercept_ms = bucket * (per_width * self._fitted_intercept_ms + constant * self._unit_ms)
+        np.maximum(intercept_ms, self._least_intercept_ms, out=intercept_ms)
+        self._intercept_ms = np.minimum(intercept_ms, self._most_intercept_ms, out=intercept_ms)
+        slope = np.minimum(per_context * bucket, 1 / _LEAST_FACTOR)
         self._slope_ms = slope * self._fitted_slope_ms
         self.correction_factor = self.predict_step_ms(width, context_tokens) / float(
             parts_ms[1] + parts_ms[2]
@@ -213,9 +214,15 @@ def _knot_positions(
     return position
 
 
-def _between(position: FloatArray, values: FloatArray) -> FloatArray:
-    """Linear interpolation at fractional positions, extrapolated beyond the last."""
-    low = np.minimum(position.astype(np.int64), len(values) - 2)
-    share = position - low
-    result: FloatArray = values[low] * (1 - share) + values[low + 1] * share
+def _weights(position: FloatArray, num_knots: int) -> tuple[IntArray, FloatArray]:
+    """The knot below each fractional position, and the share of the next."""
+    low = np.minimum(position.astype(np.int64), num_knots - 2)
+    return low, position - low
+
+
+def _between(weights: tuple[IntArray, FloatArray], values: FloatArray) -> FloatArray:
+    """Linear interpolation, extrapolated beyond the last knot."""
+    low, share = weights
+    result: FloatArray = values[low]
+    result += share * (values[low + 1] - result)
     return result

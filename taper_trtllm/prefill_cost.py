@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from taper_trtllm.batch import FloatArray, PrefillLoad
-from taper_trtllm.profile import LatencyProfile
+from taper_trtllm.profile import LatencyProfile, ProfileError
 
 # Keep the least squares determined where a profile has few points; the table comes first.
 _TABLE_RIDGE, _PRICE_RIDGE = 1e-4, 3e-2
@@ -26,12 +26,17 @@ class PrefillCost:
         profile: Measured step times.
         decode_ms: T of (width, total context) without prefill, 0 at width 0.
         max_width: Widest step that will be asked for.
+
+    Raises:
+        ProfileError: All prefill points are wider.
     """
 
     def __init__(
         self, profile: LatencyProfile, decode_ms: Callable[[int, int], float], max_width: int
     ) -> None:
-        points = profile.prefill
+        points = [p for p in profile.prefill if p.width <= max_width]
+        if not points:
+            raise ProfileError(f"prefill: no point at a width of at most {max_width}")
         self._knots = np.unique([float(p.num_tokens) for p in points])
         measured = np.unique([p.width for p in points])
         at_knot = _hats(np.array([float(p.num_tokens) for p in points]), self._knots)

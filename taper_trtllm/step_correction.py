@@ -31,6 +31,10 @@ _MOST_BELOW, _MOST_ABOVE = (
 _MAX_BUCKET = np.log(2.0)
 _MAX_FACTOR = 4.0
 _PROFILE = np.array([0.0, 1.0, 1.0])
+_LEAST = np.array([-_MAX_FACTOR, 0.0, 0.0])
+_KEEP = 1.0 - 1.0 / _MEMORY_STEPS
+_PULL = (1.0 - _KEEP) * _PULL_STEPS * np.eye(3)
+_PULL_MOMENT = _PULL @ _PROFILE
 
 
 class StepCorrection:
@@ -54,7 +58,9 @@ class StepCorrection:
             position: Its width's place among the buckets, fractional between two.
             step_ms: Measured.
         """
-        predicted_ms = float(self.coefficients @ parts_ms)
+        predicted_ms = max(
+            float(self.coefficients @ parts_ms), float(parts_ms[1] + parts_ms[2]) / _MAX_FACTOR
+        )
         low = int(position)
         share = position - low
         bucket = self.bucket_log[low]
@@ -72,9 +78,11 @@ class StepCorrection:
 
     def _fit(self, row: FloatArray, target: float) -> None:
         """One step of regularised recursive least squares, in shares of the predicted step."""
-        keep = 1.0 - 1.0 / _MEMORY_STEPS
-        prior = (1.0 - keep) * _PULL_STEPS
-        self._information = keep * self._information + np.outer(row, row) + prior * np.eye(3)
-        self._moment = keep * self._moment + row * target + prior * _PROFILE
+        self._information *= _KEEP
+        self._information += row[:, None] * row
+        self._information += _PULL
+        self._moment *= _KEEP
+        self._moment += row * target
+        self._moment += _PULL_MOMENT
         solved = np.linalg.solve(self._information, self._moment)
-        self.coefficients = np.clip(solved, [-_MAX_FACTOR, 0.0, 0.0], _MAX_FACTOR)
+        self.coefficients = np.minimum(np.maximum(solved, _LEAST), _MAX_FACTOR)

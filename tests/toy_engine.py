@@ -20,7 +20,7 @@ from taper_trtllm.engines.base import (
     StepResult,
 )
 from taper_trtllm.engines.kv_cache import BlockCopy, BlockPool
-from taper_trtllm.engines.paged_engine import PagedEngine, SequenceWork
+from taper_trtllm.engines.paged_engine import ChunkWork, EngineSequence, PagedEngine
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 
 VOCAB_SIZE = 97
@@ -113,7 +113,11 @@ class ToyEngine(PagedEngine):
         return replace(result, failed=failed)
 
     def _compute(
-        self, plan: StepPlan, work: Sequence[SequenceWork], copies: Sequence[BlockCopy]
+        self,
+        plan: StepPlan,
+        decode: Sequence[EngineSequence],
+        chunks: Sequence[ChunkWork],
+        copies: Sequence[BlockCopy],
     ) -> dict[SequenceId, int]:
         if self.break_next:
             raise EngineError("the device fell off the bus")
@@ -121,21 +125,26 @@ class ToyEngine(PagedEngine):
             for offset in range(self.pool.tokens_per_block):
                 if (copy.src, offset) in self._content:
                     self._content[copy.dst, offset] = self._content[copy.src, offset]
-        for item in work:
-            for position in range(item.start, item.start + item.num_tokens):
-                self._content[self._slot(item, position)] = item.sequence.tokens[position]
-            self.num_computed += item.num_tokens
-        decode = work[: len(plan.decode)]
-        context = sum(len(item.sequence.tokens) for item in decode)
-        num_prefill = sum(chunk.num_tokens for chunk in plan.prefill)
+        for sequence in decode:
+            self._write(sequence, len(sequence.tokens) - 1, 1)
+        for chunk in chunks:
+            self._write(chunk.sequence, chunk.start, chunk.num_tokens)
+        context = sum(len(sequence.tokens) for sequence in decode)
+        num_prefill = sum(chunk.num_tokens for chunk in chunks)
         self.clock_s += step_ms(len(decode), context, num_prefill) / 1e3
-        return {item.sequence_id: self._draw(item) for item in work if item.sample}
+        drawn = {i: self._draw(s) for i, s in zip(plan.decode, decode, strict=True)}
+        drawn |= {c.sequence_id: self._draw(c.sequence) for c in chunks if c.sample}
+        return drawn
 
-    def _draw(self, item: SequenceWork) -> int:
-        sequence = item.sequence
-        read = [self._content[self._slot(item, i)] for i in range(len(sequence.tokens))]
+    def _write(self, sequence: EngineSequence, start: int, num_tokens: int) -> None:
+        for position in range(start, start + num_tokens):
+            self._content[self._slot(sequence, position)] = sequence.tokens[position]
+        self.num_computed += num_tokens
+
+    def _draw(self, sequence: EngineSequence) -> int:
+        read = [self._content[self._slot(sequence, i)] for i in range(len(sequence.tokens))]
         return next_token(read, sequence.params.seed if sequence.params.sampling.temperature else 0)
 
-    def _slot(self, item: SequenceWork, position: int) -> tuple[int, int]:
+    def _slot(self, sequence: EngineSequence, position: int) -> tuple[int, int]:
         size = self.pool.tokens_per_block
-        return item.sequence.table.block_ids[position // size], position % size
+        return sequence.table.block_ids[position // size], position % size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from taper_trtllm.engines.base import (
     EngineCapabilities,
@@ -37,25 +37,22 @@ class EngineSequence:
 
 
 @dataclass(slots=True)
-class SequenceWork:
-    """What a step does with one sequence.
+class ChunkWork:
+    """A prefill chunk.
 
     Attributes:
-        sequence_id: The sequence.
+        sequence_id: Whose.
         sequence: The same.
+        start: Position of the first token to compute.
         num_tokens: Pending tokens to compute.
         sample: Draw the next token.
-        start: Position of the first token to compute.
     """
 
     sequence_id: SequenceId
     sequence: EngineSequence
+    start: int
     num_tokens: int
     sample: bool
-    start: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.start = self.sequence.table.num_tokens
 
     def check(self, max_seq_len: int) -> None:
         """Checks that the sequence can do this.
@@ -75,15 +72,6 @@ class SequenceWork:
     @property
     def _name(self) -> str:
         return f"sequence {self.sequence_id}"
-
-    def count_recomputed(self) -> int:
-        """Counts tokens that were computed before, and remembers the new ones as computed."""
-        before, end = self.sequence.max_computed, self.start + self.num_tokens
-        if before <= self.start:
-            self.sequence.max_computed = end
-            return 0
-        self.sequence.max_computed = max(before, end)
-        return min(before, end) - self.start
 
 
 class PagedEngine(ABC):
@@ -105,17 +93,22 @@ class PagedEngine(ABC):
 
     @abstractmethod
     def _compute(
-        self, plan: StepPlan, work: Sequence[SequenceWork], copies: Sequence[BlockCopy]
+        self,
+        plan: StepPlan,
+        decode: Sequence[EngineSequence],
+        chunks: Sequence[ChunkWork],
+        copies: Sequence[BlockCopy],
     ) -> dict[SequenceId, int]:
-        """Runs one step; the tables have their blocks already.
+        """Runs one step; the tables have their blocks already, and count the new tokens.
 
         Args:
             plan: What was asked for.
-            work: The same, item by item: first `plan.decode`, then `plan.prefill`.
+            decode: The sequences of `plan.decode`; each computes its last token and draws the next.
+            chunks: The work of `plan.prefill`.
             copies: Blocks to copy before anything is written.
 
         Returns:
-            The token that each sequence with `sample` draws.
+            The token that each sequence draws.
 
         Raises:
             EngineError: The engine is lost.
@@ -248,10 +241,14 @@ class PagedEngine(ABC):
             ValueError: The plan is malformed; nothing was changed.
         """
         started_s = self.now_s()
-        work = self._check_plan(plan)
-        copies = self._pool.reserve([(item.sequence.table, item.num_tokens) for item in work])
-        tokens = self._compute(plan, work, copies)
-        num_recomputed = sum(item.count_recomputed() for item in work)
+        decode = [self._sequences[i] for i in plan.decode]
+        chunks = self._chunks(plan)
+        self._check_plan(plan, decode, chunks)
+        writes = [(sequence.table, 1) for sequence in decode]
+        writes += [(chunk.sequence.table, chunk.num_tokens) for chunk in chunks]
+        copies = self._pool.reserve(writes)
+        tokens = self._compute(plan, decode, chunks, copies)
+        num_recomputed = self._count_recomputed(decode, chunks)
         for sequence_id, token in tokens.items():
             self._sequences[sequence_id].tokens.append(token)
         completed_at_s = self.now_s()
@@ -271,17 +268,48 @@ class PagedEngine(ABC):
         """See `Engine`."""
         self._sequences.clear()
 
-    def _check_plan(self, plan: StepPlan) -> list[SequenceWork]:
-        """What there is to do; raises ValueError for what the executor must not ask for."""
-        limits = self._capabilities
-        work = [SequenceWork(i, self._sequences[i], 1, True) for i in plan.decode]
+    def _chunks(self, plan: StepPlan) -> list[ChunkWork]:
+        chunks = []
         for chunk in plan.prefill:
             sequence = self._sequences[chunk.sequence_id]
-            work.append(SequenceWork(chunk.sequence_id, sequence, chunk.num_tokens, chunk.sample))
-        if len({item.sequence_id for item in work}) != len(work):
+            start = sequence.table.num_tokens
+            chunks.append(
+                ChunkWork(chunk.sequence_id, sequence, start, chunk.num_tokens, chunk.sample)
+            )
+        return chunks
+
+    def _check_plan(
+        self, plan: StepPlan, decode: Sequence[EngineSequence], chunks: Sequence[ChunkWork]
+    ) -> None:
+        """Raises ValueError for what the executor must not ask for."""
+        limits = self._capabilities
+        num_sequences = len(decode) + len(chunks)
+        if len({*plan.decode, *(chunk.sequence_id for chunk in chunks)}) != num_sequences:
             raise ValueError("a sequence stands in the plan twice")
-        if not 1 <= len(work) <= limits.max_batch_size:
-            raise ValueError(f"a step takes 1..{limits.max_batch_size} sequences, not {len(work)}")
-        for item in work:
-            item.check(limits.max_seq_len)
-        return work
+        if not 1 <= num_sequences <= limits.max_batch_size:
+            raise ValueError(
+                f"a step takes 1..{limits.max_batch_size} sequences, not {num_sequences}"
+            )
+        for sequence in decode:
+            num_tokens, start = len(sequence.tokens), sequence.table.num_tokens
+            if num_tokens != start + 1 or num_tokens >= limits.max_seq_len:
+                sequence_id = plan.decode[decode.index(sequence)]
+                ChunkWork(sequence_id, sequence, start, 1, True).check(limits.max_seq_len)
+        for chunk in chunks:
+            chunk.check(limits.max_seq_len)
+
+    @staticmethod
+    def _count_recomputed(decode: Sequence[EngineSequence], chunks: Sequence[ChunkWork]) -> int:
+        """Counts tokens that were computed before, and remembers the new ones as computed."""
+        num_recomputed = 0
+        for sequence in decode:
+            end = sequence.table.num_tokens
+            if sequence.max_computed < end:
+                sequence.max_computed = end
+            else:
+                num_recomputed += 1
+        for chunk in chunks:
+            before, end = chunk.sequence.max_computed, chunk.start + chunk.num_tokens
+            chunk.sequence.max_computed = max(before, end)
+            num_recomputed += max(0, min(before, end) - chunk.start)
+        return num_recomputed

@@ -15,7 +15,7 @@ import numpy as np
 from taper_trtllm.batch import FloatArray, PrefillLoad
 from taper_trtllm.engines.base import EngineCapabilities, SequenceId, SequenceParams, StepPlan
 from taper_trtllm.engines.kv_cache import BlockCopy
-from taper_trtllm.engines.paged_engine import PagedEngine, SequenceWork
+from taper_trtllm.engines.paged_engine import ChunkWork, EngineSequence, PagedEngine
 from taper_trtllm.prefill_cost import PrefillCost
 from taper_trtllm.profile import LatencyProfile
 
@@ -91,6 +91,8 @@ class StepTimes:
             buckets = np.array(sorted(profile.width_buckets), dtype=float)
             at = np.minimum(np.searchsorted(buckets, widths), len(buckets) - 1)
             widths = np.maximum(buckets[at], widths)
+        # Padding reads no context: the sequences that are there share theirs with it.
+        self._share_of_padded = np.arange(max_width + 1) / np.maximum(widths, 1.0)
         self._low = np.clip(np.searchsorted(knots, widths, side="right") - 1, 0, len(knots) - 2)
         self._share = (widths - knots[self._low]) / (knots[self._low + 1] - knots[self._low])
         self._share = np.maximum(self._share, 0.0)
@@ -103,6 +105,7 @@ class StepTimes:
         if width == 0:
             return 0.0
         low, share = int(self._low[width]), float(self._share[width])
+        mean_context_tokens *= float(self._share_of_padded[width])
         step_ms = float(np.interp(mean_context_tokens, *self._lines[low]))
         if share:
             above_ms = float(np.interp(mean_context_tokens, *self._lines[low + 1]))
@@ -112,6 +115,44 @@ class StepTimes:
     def prefill_ms(self, width: int, load: PrefillLoad) -> float:
         """What prefill adds beside so many decoding sequences."""
         return float(self._prefill.steps_ms(width, 1, load)[0])
+
+
+class Device:
+    """Takes as long as a profile says, but for its disturbance.
+
+    Args:
+        profile: Step times.
+        disturbance: How it differs.
+        max_width: Widest step.
+        seed: Of the noise.
+    """
+
+    def __init__(
+        self, profile: LatencyProfile, disturbance: Disturbance, max_width: int, seed: int
+    ) -> None:
+        self._times = StepTimes(profile, max_width + disturbance.width_shift)
+        self._disturbance = disturbance
+        self._rng = np.random.default_rng(seed)
+
+    def step_ms(self, contexts: Sequence[int], load: PrefillLoad) -> float:
+        """T of one step.
+
+        Args:
+            contexts: Context length of every decoding sequence.
+            load: Prefill beside them.
+        """
+        disturbance, step_ms = self._disturbance, 0.0
+        if contexts:
+            mean = sum(contexts) / len(contexts)
+            mean += disturbance.imbalance * (max(contexts) - mean)
+            width = len(contexts) + disturbance.width_shift
+            step_ms = self._times.decode_ms(width, mean * disturbance.context_scale)
+        if load.num_tokens:
+            step_ms += self._times.prefill_ms(len(contexts), load)
+        step_ms = step_ms * disturbance.step_scale + disturbance.host_overhead_ms
+        if disturbance.noise:
+            step_ms *= float(np.exp(disturbance.noise * self._rng.standard_normal()))
+        return step_ms
 
 
 class SimulatedEngine(PagedEngine):
@@ -144,9 +185,7 @@ class SimulatedEngine(PagedEngine):
         )
         self._config = config
         self._fingerprint = dict(profile.fingerprint)
-        shift = config.disturbance.width_shift
-        self._times = StepTimes(profile, config.max_batch_size + shift)
-        self._noise = np.random.default_rng(config.seed)
+        self._device = Device(profile, config.disturbance, config.max_batch_size, config.seed)
         self._clock_s = 0.0
         self._num_prompt_tokens: dict[SequenceId, int] = {}
 
@@ -180,29 +219,19 @@ class SimulatedEngine(PagedEngine):
         self._num_prompt_tokens.pop(sequence_id, None)
 
     def _compute(
-        self, plan: StepPlan, work: Sequence[SequenceWork], copies: Sequence[BlockCopy]
+        self,
+        plan: StepPlan,
+        decode: Sequence[EngineSequence],
+        chunks: Sequence[ChunkWork],
+        copies: Sequence[BlockCopy],
     ) -> dict[SequenceId, int]:
-        self._clock_s += self._step_ms(work[: len(plan.decode)], work[len(plan.decode) :]) / 1e3
-        return {item.sequence_id: _TOKEN for item in work if item.sample}
+        contexts = [sequence.table.num_tokens for sequence in decode]
+        self._clock_s += self._device.step_ms(contexts, self._load(chunks)) / 1e3
+        drawn = dict.fromkeys(plan.decode, _TOKEN)
+        drawn |= {chunk.sequence_id: _TOKEN for chunk in chunks if chunk.sample}
+        return drawn
 
-    def _step_ms(self, decode: Sequence[SequenceWork], chunks: Sequence[SequenceWork]) -> float:
-        disturbance = self._config.disturbance
-        step_ms = 0.0
-        if decode:
-            contexts = [item.start + 1 for item in decode]
-            mean = sum(contexts) / len(contexts)
-            mean += disturbance.imbalance * (max(contexts) - mean)
-            width = len(decode) + disturbance.width_shift
-            step_ms = self._times.decode_ms(width, mean * disturbance.context_scale)
-        load = self._load(chunks)
-        if load.num_tokens:
-            step_ms += self._times.prefill_ms(len(decode), load)
-        step_ms = step_ms * disturbance.step_scale + disturbance.host_overhead_ms
-        if disturbance.noise:
-            step_ms *= float(np.exp(disturbance.noise * self._noise.standard_normal()))
-        return step_ms
-
-    def _load(self, chunks: Sequence[SequenceWork]) -> PrefillLoad:
+    def _load(self, chunks: Sequence[ChunkWork]) -> PrefillLoad:
         """The chunks that cost time here."""
         config = self._config
         counted = [
@@ -213,7 +242,7 @@ class SimulatedEngine(PagedEngine):
         pairs = sum(item.num_tokens * (item.start + item.num_tokens / 2) for item in counted)
         return PrefillLoad(len(counted), sum(item.num_tokens for item in counted), pairs)
 
-    def _is_prompt(self, item: SequenceWork) -> bool:
+    def _is_prompt(self, item: ChunkWork) -> bool:
         end = item.start + item.num_tokens
         return end <= self._num_prompt_tokens.get(item.sequence_id, 0)
 

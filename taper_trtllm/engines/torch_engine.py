@@ -13,7 +13,7 @@ from taper_trtllm.engines.checkpoint import open_checkpoint, random_checkpoint
 from taper_trtllm.engines.fingerprint import fingerprint
 from taper_trtllm.engines.kv_cache import BlockCopy
 from taper_trtllm.engines.paged_attention import PagedAttention
-from taper_trtllm.engines.paged_engine import PagedEngine, SequenceWork
+from taper_trtllm.engines.paged_engine import ChunkWork, EngineSequence, PagedEngine
 from taper_trtllm.engines.qwen3 import Qwen3Model
 from taper_trtllm.engines.sampling import draw_tokens
 from taper_trtllm.engines.step_batch import Segment, split_chunk
@@ -89,11 +89,20 @@ class TorchEngine(PagedEngine):
         del self._model, self._attention
 
     def _compute(
-        self, plan: StepPlan, work: Sequence[SequenceWork], copies: Sequence[BlockCopy]
+        self,
+        plan: StepPlan,
+        decode: Sequence[EngineSequence],
+        chunks: Sequence[ChunkWork],
+        copies: Sequence[BlockCopy],
     ) -> dict[SequenceId, int]:
+        segments = [
+            Segment(i, s.tokens[-1:], s.table.block_ids, len(s.tokens) - 1, len(s.tokens), True)
+            for i, s in zip(plan.decode, decode, strict=True)
+        ]
+        segments += [segment for chunk in chunks for segment in _segments(chunk)]
         try:
             self._attention.copy_blocks(copies)
-            return self._run([segment for item in work for segment in _segments(item)])
+            return self._run(segments)
         except RuntimeError as error:
             raise EngineError(f"step {self._iteration} failed: {error}") from error
 
@@ -113,8 +122,8 @@ class TorchEngine(PagedEngine):
         return dict(zip(batch.sampled_ids, tokens, strict=True))
 
 
-def _segments(item: SequenceWork) -> list[Segment]:
+def _segments(chunk: ChunkWork) -> list[Segment]:
     """The tokens to compute, cut for attention."""
-    token_ids = item.sequence.tokens[item.start : item.start + item.num_tokens]
-    block_ids = item.sequence.table.block_ids
-    return split_chunk(item.sequence_id, token_ids, block_ids, item.start, item.sample)
+    token_ids = chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
+    block_ids = chunk.sequence.table.block_ids
+    return split_chunk(chunk.sequence_id, token_ids, block_ids, chunk.start, chunk.sample)

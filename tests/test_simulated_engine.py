@@ -1,0 +1,62 @@
+"""The virtual-time engine takes as long as its profile says, and prefill where it is computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import perf
+from taper_trtllm.batch import PrefillLoad
+from taper_trtllm.engines.base import PrefillChunk, SequenceParams, StepPlan
+from taper_trtllm.engines.simulated import (
+    Device,
+    Disturbance,
+    SimulatedConfig,
+    SimulatedEngine,
+    StepTimes,
+)
+from taper_trtllm.profile import load_profile
+from taper_trtllm.request import SamplingParams
+
+PROFILE = load_profile(Path(perf.__path__[0]) / "profiles" / "h200_fp8_tp1.json")
+PARAMS = SequenceParams(SamplingParams(ignore_eos=True), seed=0)
+
+
+def test_every_measured_decode_point_is_hit_and_widths_between_are_padded():
+    times = StepTimes(PROFILE, 512)
+    for point in PROFILE.decode:
+        assert times.decode_ms(point.width, point.context_tokens) == pytest.approx(point.step_ms)
+    assert times.decode_ms(36, 2048) == pytest.approx(times.decode_ms(40, 2048 * 36 / 40))
+    assert times.decode_ms(0, 0) == 0
+
+
+def test_a_disturbance_does_what_it_says():
+    def step_ms(**changes: float) -> float:
+        device = Device(PROFILE, Disturbance(**changes), 256, seed=0)
+        return device.step_ms([1000] * 64 + [3000] * 64, PrefillLoad())
+
+    plain = step_ms()
+    assert step_ms(host_overhead_ms=2.5) == pytest.approx(plain + 2.5)
+    assert step_ms(step_scale=1.3) == pytest.approx(plain * 1.3)
+    assert step_ms(width_shift=1) > plain  # 128 is a bucket; 129 is padded to the next
+    assert plain < step_ms(imbalance=0.5) < step_ms(imbalance=1.0)
+    assert step_ms(context_scale=1.5) == pytest.approx(step_ms(imbalance=1.0))
+    assert step_ms(noise=0.1) != plain
+
+
+@pytest.mark.parametrize("disaggregated", [False, True])
+@pytest.mark.parametrize("free_joins", [False, True])
+def test_prompts_and_joins_cost_time_where_they_are_computed(disaggregated, free_joins):
+    config = SimulatedConfig(
+        num_kv_blocks=100, disaggregated_prefill=disaggregated, free_joins=free_joins
+    )
+    engine = SimulatedEngine(PROFILE, config)
+    engine.add_sequence(1, 1, [0] * 256, PARAMS)
+    prompt = engine.step(StepPlan(prefill=(PrefillChunk(1, 256, sample=True),)))
+    engine.fork_sequence(1, 2, 256, [0] * 200, PARAMS)
+    header = engine.step(StepPlan(prefill=(PrefillChunk(2, 201, sample=True),)))
+    assert (prompt.step_ms == 0) == disaggregated
+    assert (header.step_ms == 0) == free_joins
+    assert engine.now_s() == pytest.approx((prompt.step_ms + header.step_ms) / 1e3)
+    assert engine.num_tokens(2) == 256 + 1 + 200 + 1
