@@ -72,7 +72,8 @@ class SchedulerConfig(_Model):
             objectives ask for (`prefill_gate.py`); ``full`` always uses the chunk budget.
         late_requests: ``defer`` starts waiting requests that missed their TTFT objective after all
             others; ``fcfs`` keeps the order of arrival.
-        rho: Share of the slack above T0 that a step may spend.
+        rho: Share of the slack above T0 that a step may spend. Steps settle at tau whatever it is;
+            below 1, requests keep a lead for slow steps that nobody foresaw.
         kappa: Step budget limit, in smallest tau.
         margin: m; deadlines are built on (1 - m) tau.
         probe_interval_steps: Every so many steps with extras, one runs the baseline alone; None
@@ -88,7 +89,7 @@ class SchedulerConfig(_Model):
     max_prefill_tokens: _PositiveInt = 128
     prompt_chunking: Literal["slack", "full"] = "slack"
     late_requests: Literal["defer", "fcfs"] = "defer"
-    rho: Annotated[float, Field(gt=0, le=1)] = 1.0
+    rho: Annotated[float, Field(gt=0, le=1)] = 0.5
     kappa: Annotated[float, Field(ge=1)] = 1.0
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.1
     probe_interval_steps: _PositiveInt | None = 100
