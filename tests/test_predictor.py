@@ -119,6 +119,17 @@ def test_a_prefill_token_weighs_what_its_context_costs():
     assert predictor.prefill_token_weight(3000) == pytest.approx(4.0, rel=0.01)
 
 
+def test_prefill_points_wider_than_the_engine_are_left_out():
+    """Profiles of GPUs have mixed steps beside 512 sequences; a server may be narrower."""
+    wide = toy_profile().prefill[0].model_copy(update={"width": 512, "context_tokens": 64})
+    both = toy_profile().model_copy(update={"prefill": (*toy_profile().prefill, wide)})
+    load = PrefillLoad(1, 20, 200.0)
+    expected = StepLatencyPredictor(toy_profile(), 64).predict_step_ms(4, 256, load)
+    assert StepLatencyPredictor(both, 64).predict_step_ms(4, 256, load) == expected
+    with pytest.raises(ProfileError, match="width of at most 64"):
+        StepLatencyPredictor(toy_profile().model_copy(update={"prefill": (wide,)}), 64)
+
+
 def test_ablations():
     uncorrected = StepLatencyPredictor(toy_profile(), mode="uncorrected")
     before = uncorrected.predict_step_ms(8, 800)
