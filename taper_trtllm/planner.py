@@ -26,7 +26,7 @@ from taper_trtllm.engines.base import Engine, PrefillChunk, StepPlan
 from taper_trtllm.kv_budget import KvBudget
 from taper_trtllm.live_request import LiveRequest, PrefillNeed
 from taper_trtllm.predictor import StepLatencyPredictor
-from taper_trtllm.prefill_gate import PrefillGate, WaitingPrompt
+from taper_trtllm.prefill_gate import PrefillGate, Urgency, WaitingPrompt
 from taper_trtllm.sequence_table import LiveSequence, Rows, SequenceTable
 
 _NO_ROWS: IntArray = np.zeros(0, dtype=np.int64)
@@ -243,21 +243,23 @@ class StepPlanner:
         room = self._scheduler.max_batch_size - len(ready.requests)
         chunks: list[PrefillChunk] = []
         load = PrefillLoad()
-        gate, limit_ms = self._prompt_limit(running, ready, now_s)
+        gate = self._prefill_gate(running, ready, now_s)
         needy = [index for index, request in enumerate(running) if request.prefill_needs]
         for index in sorted(needy, key=lambda index: not running[index].has_started_decoding):
-            for need in running[index].prefill_needs:
+            request = running[index]
+            for need in request.prefill_needs:
                 before = self._sequences.num_computed(need.sequence)
                 weight = self._predictor.prefill_token_weight(before)
                 most = int(budget_left / weight) or int(not chunks)  # one at least, or no progress
                 if most == 0 or len(chunks) == room:
                     break
+                is_protected = need.sequence is request.protected  # its blocks are taken
                 num_tokens = min(need.num_tokens, most)
-                if gate and not running[index].has_started_decoding:
-                    num_tokens = gate.fitting_tokens(load, num_tokens, before, limit_ms)
+                if gate is not None:
+                    urgency = _urgency(request, is_protected)
+                    num_tokens = gate.fitting_tokens(load, num_tokens, before, urgency)
                     if num_tokens == 0:
                         break
-                is_protected = need.sequence is running[index].protected  # its blocks are taken
                 if not is_protected and not self._take_for_extra(index, need, num_tokens, budget):
                     continue
                 sample = need.sample and num_tokens == need.num_tokens
@@ -266,10 +268,12 @@ class StepPlanner:
                 load = load.with_chunk(num_tokens, before)
         return chunks, load
 
-    def _prompt_limit(
+    def _prefill_gate(
         self, running: Sequence[LiveRequest], ready: _Ready, now_s: float
-    ) -> tuple[PrefillGate | None, float]:
-        """The gate that prompts pass in this step, and its limit; None without a decode batch."""
+    ) -> PrefillGate | None:
+        """The gate that prefill passes in this step; None where nobody in decode would wait."""
+        if self._scheduler.prefill_chunking == "full" or not ready.requests:
+            return None
         prompts = [
             WaitingPrompt(
                 request.prefill_needs[0].num_tokens,
@@ -279,18 +283,16 @@ class StepPlanner:
             for request in running
             if not request.has_started_decoding and request.prefill_needs
         ]
-        if self._scheduler.prompt_chunking == "full" or not prompts or not ready.requests:
-            return None, float("inf")
         batch = ready.batch
         baseline = self._policy.baseline(batch)
-        gate = PrefillGate(
+        return PrefillGate(
             self._predictor,
             self._scheduler.max_prefill_tokens,
             width=len(baseline),
             context_tokens=int(batch.context_tokens[baseline].sum()),
+            min_slack_ms=float(batch.slack_ms.min(where=batch.savable, initial=np.inf)),
+            prompts=prompts,
         )
-        min_slack_ms = float(batch.slack_ms.min(where=batch.savable, initial=np.inf))
-        return gate, gate.limit_ms(min_slack_ms, prompts)
 
     def _take_for_extra(
         self, index: int, need: PrefillNeed, num_tokens: int, budget: KvBudget
@@ -354,6 +356,13 @@ class StepPlanner:
     def _probe_is_due(self) -> bool:
         interval = self._scheduler.probe_interval_steps
         return interval is not None and self._num_steps_with_extras % interval == interval - 1
+
+
+def _urgency(request: LiveRequest, is_protected: bool) -> Urgency:
+    """What a chunk is for."""
+    if not request.has_started_decoding:
+        return Urgency.PROMPT
+    return Urgency.PROTECTED if is_protected else Urgency.EXTRA
 
 
 def _refusals(ready: _Ready, decision: AdmissionDecision) -> tuple[Refusals, ...]:

@@ -9,41 +9,51 @@ from toy_engine import toy_profile
 
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.predictor import StepLatencyPredictor
-from taper_trtllm.prefill_gate import PrefillGate, WaitingPrompt
+from taper_trtllm.prefill_gate import PrefillGate, Urgency, WaitingPrompt
 
 PREDICTOR = StepLatencyPredictor(toy_profile())
-GATE = PrefillGate(PREDICTOR, max_prefill_tokens=128, width=8, context_tokens=800)
 BASELINE_MS = PREDICTOR.predict_step_ms(8, 800)
 RELAXED = WaitingPrompt(200, time_left_ms=1e6, ttft_slo_ms=1000)
 
 
-def fitting(limit_ms: float, num_tokens: int = 128, computed: int = 0) -> int:
-    return GATE.fitting_tokens(PrefillLoad(), num_tokens, computed, limit_ms)
+def gate(min_slack_ms: float = 0.0, *prompts: WaitingPrompt) -> PrefillGate:
+    return PrefillGate(PREDICTOR, 128, 8, 800, min_slack_ms, prompts)
 
 
-@given(st.floats(0, 40), st.floats(0, 40), st.integers(1, 300), st.integers(0, 2000))
-def test_tokens_keep_the_limit_and_grow_with_it(first, second, num_tokens, computed):
-    fewer, more = (fitting(limit, num_tokens, computed) for limit in sorted((first, second)))
-    assert fewer <= more
-    for limit_ms in (first, second):
-        num = fitting(limit_ms, num_tokens, computed)
-        assert 0 <= num <= num_tokens
-        if num:
-            load = PrefillLoad().with_chunk(num, computed)
-            assert PREDICTOR.predict_step_ms(8, 800, load) <= limit_ms
+@given(
+    st.lists(st.floats(0, 40), min_size=2, max_size=2).map(sorted),
+    st.integers(1, 300),
+    st.integers(0, 2000),
+    st.sampled_from(Urgency),
+)
+def test_tokens_keep_the_limit_and_grow_with_the_slack(slacks_ms, num_tokens, computed, urgency):
+    gates = [gate(slack_ms, RELAXED) for slack_ms in slacks_ms]
+    nums = [g.fitting_tokens(PrefillLoad(), num_tokens, computed, urgency) for g in gates]
+    assert nums[0] <= nums[1] <= num_tokens
+    for each, num in zip(gates, nums, strict=True):
+        step_ms = PREDICTOR.predict_step_ms(8, 800, PrefillLoad().with_chunk(num, computed))
+        kept = num == 0 or step_ms <= each.limit_ms(urgency)
+        assert kept or (urgency is Urgency.PROTECTED and num <= 32)
+
+
+def test_without_slack_a_join_goes_on_and_an_extra_waits():
+    none = gate(BASELINE_MS)
+    assert none.fitting_tokens(PrefillLoad(), 100, 0, Urgency.PROTECTED) == 32
+    assert none.fitting_tokens(PrefillLoad(), 10, 0, Urgency.PROTECTED) == 10
+    assert none.fitting_tokens(PrefillLoad(), 10, 0, Urgency.EXTRA) == 0
+    assert gate(float("inf")).fitting_tokens(PrefillLoad(), 100, 0, Urgency.EXTRA) == 100
 
 
 def test_without_haste_prompts_take_what_slack_leaves():
-    assert GATE.limit_ms(BASELINE_MS + 5, [RELAXED]) == BASELINE_MS + 5
-    assert fitting(GATE.limit_ms(BASELINE_MS - 1, [RELAXED])) == 0
-    assert GATE.limit_ms(float("inf"), [RELAXED]) == float("inf")
+    assert gate(BASELINE_MS + 5, RELAXED).limit_ms(Urgency.PROMPT) == BASELINE_MS + 5
+    assert gate(BASELINE_MS - 1, RELAXED).fitting_tokens(PrefillLoad(), 99, 0, Urgency.PROMPT) == 0
 
 
 def test_a_prompt_that_is_due_takes_the_whole_budget_and_one_that_is_late_takes_its_time():
     due = WaitingPrompt(200, time_left_ms=310, ttft_slo_ms=1000)
-    assert GATE.limit_ms(0.0, [due]) == float("inf")
+    assert gate(0.0, due).limit_ms(Urgency.PROMPT) == float("inf")
     late = WaitingPrompt(200, time_left_ms=-1, ttft_slo_ms=1000)
-    assert BASELINE_MS < GATE.limit_ms(0.0, [late]) < BASELINE_MS * 1.2
+    assert BASELINE_MS < gate(0.0, late).limit_ms(Urgency.PROMPT) < BASELINE_MS * 1.2
 
 
 @pytest.mark.parametrize("num_prompts", [1, 4])
@@ -51,10 +61,10 @@ def test_the_pace_alone_has_every_prompt_ready_before_its_margin(num_prompts):
     left = [300] * num_prompts
     now_ms = 0.0
     while left:
-        prompts = [WaitingPrompt(n, 2000 - now_ms, 2000) for n in left]
-        limit_ms = GATE.limit_ms(0.0, prompts)
-        num = GATE.fitting_tokens(PrefillLoad(), min(left[0], 128), 300 - left[0], limit_ms)
-        load = PrefillLoad().with_chunk(num, 300 - left[0]) if num else PrefillLoad()
+        step = gate(0.0, *(WaitingPrompt(n, 2000 - now_ms, 2000) for n in left))
+        computed = 300 - left[0]
+        num = step.fitting_tokens(PrefillLoad(), min(left[0], 128), computed, Urgency.PROMPT)
+        load = PrefillLoad().with_chunk(num, computed) if num else PrefillLoad()
         now_ms += PREDICTOR.predict_step_ms(8, 800, load)
         left[0] -= num
         left = [n for n in left if n]
