@@ -1,0 +1,251 @@
+r"""Evaluates branch admission on simulated deployments: ``python -m perf.evaluate``.
+
+TAPER against every static policy over named cells (`evaluation_cells.py`): SLO capacity, peak token
+goodput, and paired ratios of both with their error. Each (cell, levers, policy) is one file; run
+again, the command goes on where it stopped and writes all tables and plots anew.
+
+  python -m perf.evaluate --quick                    # named cells, 3 seeds, at most an hour
+  python -m perf.evaluate --cells A,P --levers shipped,bare --policies taper,irp-off
+  python -m perf.evaluate --output-dir full          # everything: about 400 tasks, see the README
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from perf.argument_types import positive, positive_int
+from perf.evaluation_cells import CELLS, LEVERS, study_of
+from perf.evaluation_plots import plot_cell, plot_ratios
+from perf.evaluation_runs import (
+    EvaluationError,
+    Scale,
+    Task,
+    TaskRunner,
+    TaskRuns,
+    is_complete,
+    load_all,
+)
+from perf.evaluation_summary import Outcome, cells_of, outcome_of
+from perf.evaluation_tables import TextTable, all_tables
+from perf.rate_search import FULL, QUICK
+from taper_trtllm.admission import make_policy
+from taper_trtllm.config import ConfigError
+from taper_trtllm.predictor import StepLatencyPredictor
+
+MARKERS = ("<!-- perf.evaluate: begin -->", "<!-- perf.evaluate: end -->")
+
+_MAIN = ("taper", "irp-off", "irp-eager", "step-ceiling:0.9", "fixed-cap:4")
+_OTHERS = (
+    "step-ceiling:0.7", "step-ceiling:0.8", "step-ceiling:1.0", "fixed-cap:2", "fixed-cap:5",
+    "fixed-cap:8", "taper:efficiency", "taper:no-slack", "taper:no-replan",
+    "taper:constant-predictor", "taper:uncorrected",
+)  # fmt: skip
+_QUICK_CELLS = (
+    "A", "E", "P", "C", "public", "B", "F", "G", "lists", "reasoning", "tree", "plain",
+)  # fmt: skip
+_LEVER_CELLS = ("P", "A", "E", "C", "public", "B", "F", "G")
+
+
+def plan(
+    is_quick: bool,
+    cells: Sequence[str] | None,
+    policies: Sequence[str] | None,
+    levers: Sequence[str] | None,
+) -> list[Task]:
+    """Tasks in order of importance; all that are not given follow from the size of the run."""
+    chosen = cells or (_QUICK_CELLS if is_quick else tuple(CELLS))
+    shipped = policies or (_MAIN if is_quick else (*_MAIN, *_OTHERS))
+    if levers:
+        return [Task(c, lever, p) for c in chosen for lever in levers for p in shipped]
+    tasks = []
+    for cell in chosen:
+        tasks += [Task(cell, "shipped", policy) for policy in shipped]
+        if cell == "P":
+            tasks += [Task(cell, "bare", policy) for policy in policies or _MAIN]
+    if not is_quick:
+        tasks += [
+            Task(cell, lever, policy)
+            for cell in _LEVER_CELLS
+            if cell in chosen
+            for lever in LEVERS
+            for policy in policies or _MAIN
+        ]
+    return list(dict.fromkeys(tasks))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="named cells and main policies, 3 seeds, short windows, coarse rates",
+    )  # fmt: skip
+    parser.add_argument("--cells", type=_names, help=f"of {','.join(CELLS)}")
+    parser.add_argument("--policies", type=_names, help=f"({','.join(_MAIN)}; full: more)")
+    parser.add_argument(
+        "--levers", type=_names,
+        help=f"of {','.join(LEVERS)} (shipped; P also bare; full: all in the anchors)",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=positive_int, help="(quick 3, full 6)")
+    parser.add_argument(
+        "--duration-s", type=positive, help="scored window (quick: by cell; full 300)"
+    )
+    parser.add_argument(
+        "--budget-min", type=positive, help="stop after so long; run again to go on"
+    )
+    parser.add_argument("--processes", type=positive_int, default=os.cpu_count() or 1)
+    parser.add_argument("--output-dir", type=Path, default=Path("perf/results/simulated"))
+    parser.add_argument(
+        "--readme", type=Path, metavar="MD",
+        help=f"also replace what stands between '{MARKERS[0]}' and '{MARKERS[1]}' in it",
+    )  # fmt: skip
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text.split(",")))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuses unknown names before anything runs.
+
+    Raises:
+        EvaluationError, ConfigError: With the name.
+    """
+    for option, known in (("cells", CELLS), ("levers", LEVERS)):
+        unknown = set(getattr(arguments, option) or ()) - known.keys()
+        if unknown:
+            raise EvaluationError(f"--{option}: {min(unknown)!r} is not one of {', '.join(known)}")
+    for policy in arguments.policies or ():
+        deployment = study_of(CELLS["A"], policy, "shipped", 0.0, 1.0).deployment
+        make_policy(policy, deployment.scheduler, StepLatencyPredictor(deployment.profile))
+    readme = arguments.readme
+    if readme and not all(marker in readme.read_text() for marker in MARKERS):
+        raise EvaluationError(f"--readme: {readme} lacks the lines {MARKERS[0]} and {MARKERS[1]}")
+
+
+def scale_of(arguments: argparse.Namespace) -> Scale:
+    """How much the command line asks to measure."""
+    if arguments.quick:
+        return Scale(arguments.seeds or 3, QUICK, arguments.duration_s)
+    return Scale(arguments.seeds or 6, FULL, arguments.duration_s or 300.0)
+
+
+@contextmanager
+def _pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
+    # Spawned, since a progress bar's thread may hold a lock at the moment of a fork.
+    pool = ProcessPoolExecutor(num_processes, get_context("spawn"))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def measure(
+    arguments: argparse.Namespace, tasks: Sequence[Task], scale: Scale, console: Console
+) -> None:
+    """Runs what is missing of the tasks, as long as there is time."""
+    start_s = time.monotonic()
+    deadline_s = start_s + 60 * arguments.budget_min if arguments.budget_min else math.inf
+    progress = Progress(
+        TextColumn("evaluating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        TextColumn("about"), TimeRemainingColumn(), TextColumn("left; {task.description}"),
+        console=console, disable=arguments.no_progress, transient=True,
+    )  # fmt: skip
+    with progress, _pool(arguments.processes) as pool:
+        runner = TaskRunner(
+            pool, arguments.processes, arguments.output_dir, scale, deadline_s, progress
+        )
+        runner.run(tasks)
+    minutes = (time.monotonic() - start_s) / 60
+    console.print(f"{runner.num_runs} runs in {minutes:.1f} min on {arguments.processes} processes")
+
+
+def report(
+    arguments: argparse.Namespace, tasks: Sequence[Task], scale: Scale, console: Console
+) -> None:
+    """Prints and writes the tables and plots of what has been measured."""
+    measured = load_all(tasks, arguments.output_dir, scale)
+    missing = [task for task in tasks if not is_complete(measured.get(task), scale)]
+    found = {t: outcome_of(m, scale.num_seeds, scale.target) for t, m in measured.items()}
+    bounds = {task.cell: m.upper_bound for task, m in measured.items()}
+    tables = all_tables(found, bounds, scale)
+    for table in tables:
+        console.print(table.rich())
+    gaps = _missing_text(missing)
+    console.print(gaps, soft_wrap=True, highlight=False)
+    _write(arguments, tables, gaps)
+    _plot(measured, found, scale, arguments.output_dir)
+    console.print(f"tables: {arguments.output_dir}/tables.md", soft_wrap=True, highlight=False)
+
+
+def _missing_text(missing: Sequence[Task]) -> str:
+    """What is not, or not wholly, measured."""
+    if not missing:
+        return "Everything that was asked for is measured."
+    names = ", ".join(f"{task.cell} {task.levers} {task.policy}" for task in missing)
+    return f"Not or not wholly measured ({len(missing)}): {names}."
+
+
+def _write(arguments: argparse.Namespace, tables: Sequence[TextTable], gaps: str) -> None:
+    text = "\n".join([*(table.markdown() for table in tables), gaps + "\n"])
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    (arguments.output_dir / "tables.md").write_text(text)
+    if arguments.readme:
+        before, rest = arguments.readme.read_text().split(MARKERS[0], 1)
+        after = rest.split(MARKERS[1], 1)[1]
+        arguments.readme.write_text(f"{before}{MARKERS[0]}\n\n{text}\n{MARKERS[1]}{after}")
+
+
+def _plot(
+    measured: dict[Task, TaskRuns], found: dict[Task, Outcome], scale: Scale, directory: Path
+) -> None:
+    for cell in cells_of(found):
+        runs = {task: m for task, m in measured.items() if task.cell == cell}
+        title = f"{cell}: {CELLS[cell].title}"
+        plot_cell(runs, found, title, scale.target, directory / f"{cell}.png")
+    if found:
+        plot_ratios(found, directory / "ratios.png")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command line; the exit status is 1 if the evaluation could not run."""
+    arguments = _parser().parse_args(argv)
+    console = Console()
+    try:
+        _check(arguments)
+        tasks = plan(arguments.quick, arguments.cells, arguments.policies, arguments.levers)
+        scale = scale_of(arguments)
+        measure(arguments, tasks, scale, console)
+        report(arguments, tasks, scale, console)
+    except (ConfigError, EvaluationError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

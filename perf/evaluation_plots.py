@@ -1,0 +1,100 @@
+"""Plots of the evaluation: curves over the rate for each cell, and ratios over all cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+from perf.capacity import grid_rate
+from perf.evaluation_runs import TaskRuns
+from perf.evaluation_summary import REFERENCE, Outcomes, Task, cells_of, paired, policies_of
+from perf.plots import colours
+
+_DPI = 80
+
+
+def plot_cell(
+    runs: Mapping[Task, TaskRuns], outcomes: Outcomes, title: str, target: float, path: Path
+) -> None:
+    """Attainment and token goodput over the rate: mean over seeds, band from least to most.
+
+    Args:
+        runs: Of one cell; levers other than the shipped ones are dashed.
+        outcomes: Their capacities, drawn upright.
+        title: Of the cell.
+        target: Attainment at capacity.
+        path: PNG to write.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
+    palette = colours(policies_of(outcomes))
+    for task, measured in runs.items():
+        is_shipped = task.levers == "shipped"
+        label = task.policy if is_shipped else f"{task.policy}, {task.levers}"
+        style = "-" if is_shipped else "--"
+        colour = palette[task.policy]
+        _draw(left, measured.attainment(), label, colour, style)
+        _draw(right, measured.token_goodput(), label, colour, style)
+        if is_shipped and (rate := outcomes[task].capacity.rate) is not None:
+            left.axvline(rate, color=colour, linewidth=0.8, linestyle=":")
+    left.axhline(target, color="black", linewidth=0.8, linestyle=":")
+    left.set(xlabel="requests/s", ylabel="SLO attainment", ylim=(0, 1.02))
+    right.set(xlabel="requests/s", ylabel="token goodput, tokens/s")
+    right.set_ylim(bottom=0)
+    left.legend(fontsize="small")
+    _save(figure, title, path)
+
+
+def _draw(
+    axis: Axes, by_step: Mapping[int, Sequence[float]], label: str, colour: str, style: str
+) -> None:
+    steps = sorted(by_step)
+    rates = [grid_rate(step) for step in steps]
+    axis.plot(rates, [np.mean(by_step[s]) for s in steps], style, marker="o", markersize=3,
+              color=colour, label=label)  # fmt: skip
+    axis.fill_between(
+        rates, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps],
+        color=colour, alpha=0.15, linewidth=0,
+    )  # fmt: skip
+    axis.grid(alpha=0.25)
+
+
+def plot_ratios(outcomes: Outcomes, path: Path) -> None:
+    """TAPER over each rival in every cell, with standard errors; equal levers."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True)
+    cells = cells_of(outcomes)
+    policies = policies_of(outcomes)
+    palette = colours(policies)
+    rivals = [p for p in policies if p != REFERENCE]
+    for axis, figure_name in zip(axes, ("capacity", "peak"), strict=True):
+        for i, rival in enumerate(rivals):
+            offset = 0.7 * ((i + 0.5) / len(rivals) - 0.5)
+            points = [
+                (place + offset, r.value, r.error or 0.0)
+                for place, cell in enumerate(cells)
+                if (r := paired(outcomes.get(Task(cell, "shipped", REFERENCE)),
+                                outcomes.get(Task(cell, "shipped", rival)), figure_name))
+            ]  # fmt: skip
+            if points:
+                places, values, errors = zip(*points, strict=True)
+                axis.errorbar(places, values, errors, fmt="o", markersize=4, capsize=2,
+                              color=palette[rival], label=rival)  # fmt: skip
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(cells)), cells, rotation=30)
+        axis.grid(alpha=0.25, axis="y")
+    axes[0].set(ylabel="TAPER / rival", title="SLO capacity")
+    axes[1].set(title="peak token goodput")
+    if axes[0].get_legend_handles_labels()[0]:
+        axes[0].legend(fontsize="small")
+    _save(figure, "", path)
+
+
+def _save(figure: plt.Figure, title: str, path: Path) -> None:
+    figure.suptitle(title)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=_DPI)
+    plt.close(figure)

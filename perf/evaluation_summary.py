@@ -1,0 +1,109 @@
+"""What the evaluation says: capacities, peaks, and paired ratios with their error. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perf.capacity import Capacity, capacity, grid_rate, ratio
+from perf.evaluation_runs import Result, Task, TaskRuns
+
+REFERENCE = "taper"
+
+_NUM_RESAMPLES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What was found of one task.
+
+    Attributes:
+        capacity: SLO capacity (cap95), in requests per second.
+        peak: Highest mean token goodput of the rates measured on all seeds, in tokens per second.
+        near: Runs of all seeds at the rate next below capacity.
+        near_rate: That rate.
+        num_seeds: Seeds of a complete rate.
+    """
+
+    capacity: Capacity
+    peak: Capacity
+    near: tuple[Result, ...]
+    near_rate: float | None
+    num_seeds: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """One figure over another on the same seeds.
+
+    Attributes:
+        value: The ratio.
+        error: Its standard error: the deviation over resampled seeds, times sqrt(n / (n - 1)) since
+            resampling n seeds falls short by so much; None on a single seed.
+    """
+
+    value: float
+    error: float | None
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f}" + ("" if self.error is None else f" ± {self.error:.2f}")
+
+    @property
+    def verdict(self) -> int:
+        """1 above one by more than its error, -1 below, 0 neither."""
+        margin = self.error or 0.0
+        return int(self.value > 1 + margin) - int(self.value < 1 - margin)
+
+
+def outcome_of(measured: TaskRuns, num_seeds: int, target: float) -> Outcome:
+    """Reads capacity and peak from a task's runs; neither where they do not suffice."""
+    found = capacity(measured.attainment(), num_seeds, target)
+    steps = [s for s, v in measured.attainment().items() if len(v) >= num_seeds]
+    below = [s for s in steps if found.rate is not None and grid_rate(s) <= found.rate]
+    near = tuple(measured.runs[max(below), seed] for seed in range(num_seeds)) if below else ()
+    return Outcome(
+        found, peak(measured.token_goodput(), num_seeds), near,
+        grid_rate(max(below)) if below else None, num_seeds,
+    )  # fmt: skip
+
+
+def peak(goodput: Mapping[int, Sequence[float]], num_seeds: int) -> Capacity:
+    """The highest mean over all seeds among rates, and its spread; see `Capacity`."""
+    table = np.array([v[:num_seeds] for v in goodput.values() if len(v) >= num_seeds])
+    if not len(table):
+        return Capacity(None, None, np.empty(0))
+    draws = np.random.default_rng(0).integers(num_seeds, size=(_NUM_RESAMPLES, num_seeds))
+    resampled = table[:, draws].mean(axis=-1).max(axis=0)
+    return Capacity(float(table.mean(axis=1).max()), float(resampled.std()), resampled)
+
+
+def paired(one: Outcome | None, other: Outcome | None, figure: str) -> Ratio | None:
+    """`one` over `other` in ``capacity`` or ``peak``; None where either was not found."""
+    if one is None or other is None:
+        return None
+    found = ratio(getattr(one, figure), getattr(other, figure))
+    if found is None:
+        return None
+    n = one.num_seeds
+    return Ratio(found[0], found[1] * float(np.sqrt(n / (n - 1))) if n > 1 else None)
+
+
+Outcomes = Mapping[Task, Outcome]
+
+
+def cells_of(outcomes: Outcomes) -> list[str]:
+    """Cells in order."""
+    return list(dict.fromkeys(task.cell for task in outcomes))
+
+
+def policies_of(outcomes: Outcomes) -> list[str]:
+    """Policies in order, the reference first."""
+    names = dict.fromkeys(task.policy for task in outcomes)
+    return sorted(names, key=lambda name: name != REFERENCE)
+
+
+def geometric_mean(ratios: Sequence[Ratio]) -> float:
+    """Of at least one ratio."""
+    return float(np.exp(np.mean(np.log([r.value for r in ratios]))))

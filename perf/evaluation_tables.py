@@ -1,0 +1,298 @@
+"""Tables of the evaluation, for the terminal and as Markdown. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich.table import Table
+
+from perf.evaluation_cells import CELLS, LEVERS
+from perf.evaluation_runs import Scale
+from perf.evaluation_summary import (
+    REFERENCE,
+    Outcome,
+    Outcomes,
+    Ratio,
+    Task,
+    cells_of,
+    geometric_mean,
+    paired,
+    policies_of,
+)
+
+_FIGURES = {"capacity": "SLO capacity", "peak": "peak token goodput"}
+
+
+@dataclass(frozen=True, slots=True)
+class TextTable:
+    """A table of strings; the first column names the rows."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+    def rich(self) -> Table:
+        """For the terminal."""
+        table = Table(title=self.title, caption=self.note or None)
+        for i, name in enumerate(self.header):
+            table.add_column(name, justify="right" if i else "left")
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+    def markdown(self) -> str:
+        """For a file."""
+        lines = [f"**{self.title}.** {self.note}".strip(), ""]
+        lines += [_row(self.header), _row(["---"] * len(self.header))]
+        return "\n".join(lines + [_row(row) for row in self.rows]) + "\n"
+
+
+def _row(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+def all_tables(outcomes: Outcomes, bounds: dict[str, float], scale: Scale) -> list[TextTable]:
+    """Every table that the outcomes suffice for.
+
+    Args:
+        outcomes: By task, in order.
+        bounds: Upper bound by cell, in requests per second.
+        scale: How much was measured.
+    """
+    tables = [
+        _capacities(outcomes, bounds),
+        _peaks(outcomes),
+        _against_rivals(outcomes, "capacity"),
+        _against_rivals(outcomes, "peak"),
+        _score(outcomes),
+        _regime_p(outcomes),
+        _levers(outcomes),
+        _joins(outcomes),
+        *(_groups(outcomes, cell) for cell in cells_of(outcomes)),
+        _cells(outcomes, scale),
+    ]
+    return [table for table in tables if table.rows]
+
+
+# ---------------------------------------------------------------------------------- figures
+
+
+def _capacities(outcomes: Outcomes, bounds: dict[str, float]) -> TextTable:
+    policies = policies_of(outcomes)
+    rows = [
+        [cell, f"{bounds[cell]:.3g}", *(_value(o, "capacity", ".3g") for o in shipped)]
+        for cell, shipped in _shipped(outcomes, policies)
+    ]
+    return TextTable(
+        "SLO capacity, requests per second", ["cell", "upper bound", *policies], rows,
+        "The highest rate at which 95 % of requests meet their objective; equal levers everywhere.",
+    )  # fmt: skip
+
+
+def _peaks(outcomes: Outcomes) -> TextTable:
+    policies = policies_of(outcomes)
+    rows = [
+        [cell, *(_value(o, "peak", ".0f") for o in shipped)]
+        for cell, shipped in _shipped(outcomes, policies)
+    ]
+    return TextTable(
+        "Peak token goodput, tokens per second", ["cell", *policies], rows,
+        "The highest over rates of the tokens per second of requests that met their objective.",
+    )  # fmt: skip
+
+
+def _against_rivals(outcomes: Outcomes, figure: str) -> TextTable:
+    rivals = [p for p in policies_of(outcomes) if p != REFERENCE]
+    rows = [
+        [cell, *(_marked(paired(reference, o, figure)) for o in others)]
+        for cell, (reference, *others) in _shipped(outcomes, [REFERENCE, *rivals])
+    ]
+    rows = [row for row in rows if any(row[1:])]
+    return TextTable(
+        f"TAPER over each rival, {_FIGURES[figure]}", ["cell", *rivals], rows,
+        "Paired on the same seeds, ± standard error; **loses** where the ratio is below one by "
+        "more than that. Equal levers.",
+    )  # fmt: skip
+
+
+def _score(outcomes: Outcomes) -> TextTable:
+    rows = []
+    for figure, name in _FIGURES.items():
+        for rival in policies_of(outcomes):
+            ratios = {cell: _shipped_ratio(outcomes, cell, rival, figure)
+                      for cell in cells_of(outcomes)}  # fmt: skip
+            known = {cell: r for cell, r in ratios.items() if r is not None}
+            if rival == REFERENCE or not known:
+                continue
+            verdicts = [r.verdict for r in known.values()]
+            lost = [cell for cell, r in known.items() if r.verdict < 0]
+            rows.append([
+                f"{name}, {rival}", f"{geometric_mean(list(known.values())):.2f}",
+                str(verdicts.count(1)), str(verdicts.count(0)), str(len(lost)),
+                ", ".join(lost) or "-",
+            ])  # fmt: skip
+    header = ["TAPER over", "geometric mean", "wins", "within error", "loses", "loses in"]
+    return TextTable("Cells won and lost", header, rows, "Equal levers.")
+
+
+def _regime_p(outcomes: Outcomes) -> TextTable:
+    """Branch admission alone, and the shipped system against bare baselines."""
+    rows = []
+    reference = outcomes.get(Task("P", "shipped", REFERENCE))
+    for rival in policies_of(outcomes):
+        if rival == REFERENCE:
+            continue
+        shipped = outcomes.get(Task("P", "shipped", rival))
+        bare = outcomes.get(Task("P", "bare", rival))
+        bare_reference = outcomes.get(Task("P", "bare", REFERENCE))
+        for figure, name in _FIGURES.items():
+            ratios = [paired(reference, shipped, figure), paired(bare_reference, bare, figure),
+                      paired(reference, bare, figure)]  # fmt: skip
+            if any(ratios):
+                rows.append([f"{rival}, {name}", *map(_marked, ratios)])
+    header = ["TAPER over", "(i) branch admission alone: shipped levers everywhere",
+              "(i) branch admission alone: bare levers everywhere",
+              "(ii) shipped system over bare baseline"]  # fmt: skip
+    return TextTable(
+        "Regime P", header, rows,
+        "Bare: full prompt chunks, first come first served, worst-case reservation.",
+    )  # fmt: skip
+
+
+def _levers(outcomes: Outcomes) -> TextTable:
+    policies = policies_of(outcomes)
+    rows = []
+    for cell in cells_of(outcomes):
+        for levers in LEVERS:
+            if levers == "shipped":
+                continue
+            ratios = [
+                paired(
+                    outcomes.get(Task(cell, levers, policy)),
+                    outcomes.get(Task(cell, "shipped", policy)),
+                    "capacity",
+                )
+                for policy in policies
+            ]
+            if any(ratios):
+                rows.append([f"{cell}, {levers}", *map(_text, ratios)])
+    return TextTable(
+        "Levers: SLO capacity with other levers over that with the shipped ones",
+        ["cell, levers", *policies], rows, "Below one: the shipped setting is better.",
+    )  # fmt: skip
+
+
+def _joins(outcomes: Outcomes) -> TextTable:
+    policies = policies_of(outcomes)
+    rows = []
+    for cell in cells_of(outcomes):
+        ratios = [
+            paired(
+                outcomes.get(Task(f"{cell}-free-joins", "shipped", policy)),
+                outcomes.get(Task(cell, "shipped", policy)),
+                "capacity",
+            )
+            for policy in policies
+        ]
+        if any(ratios):
+            rows.append([cell, *map(_text, ratios)])
+    return TextTable(
+        "Joins and headers that cost nothing: SLO capacity over that with their cost",
+        ["cell", *policies], rows,
+    )  # fmt: skip
+
+
+_GROUP_ROWS: tuple[tuple[str, tuple[str, ...], float, str], ...] = (
+    ("attained, plain (%)", ("groups", "plain", "slo_attainment"), 100, ".1f"),
+    ("attained, branching (%)", ("groups", "branching", "slo_attainment"), 100, ".1f"),
+    ("TPOT p99, plain (ms)", ("groups", "plain", "p99_tpot_ms"), 1, ".1f"),
+    ("TPOT p99, victims (ms)", ("groups", "victims", "p99_tpot_ms"), 1, ".1f"),
+    ("TPOT p99, branching (ms)", ("groups", "branching", "p99_tpot_ms"), 1, ".1f"),
+    ("serial TPOT p99 (ms)", ("groups", "branching", "p99_serial_tpot_ms"), 1, ".1f"),
+    ("stretch p50", ("groups", "branching", "p50_stretch"), 1, ".2f"),
+    ("stretch p99", ("groups", "branching", "p99_stretch"), 1, ".2f"),
+    ("mean width", ("groups", "branching", "mean_width"), 1, ".2f"),
+    ("join wait (ms)", ("groups", "branching", "mean_join_wait_ms"), 1, ".0f"),
+    ("TTFT p99 (s)", ("p99_ttft_ms",), 1e-3, ".2f"),
+)
+
+
+def _groups(outcomes: Outcomes, cell: str) -> TextTable:
+    near = {
+        task.policy: outcome
+        for task, outcome in outcomes.items()
+        if task.cell == cell and task.levers == "shipped" and outcome.near
+    }
+    rows = (
+        [["requests/s", *(f"{outcome.near_rate:.3g}" for outcome in near.values())]] if near else []
+    )
+    for label, keys, scale, form in _GROUP_ROWS:
+        if near:
+            rows.append([label, *(_mean(o, keys, scale, form) for o in near.values())])
+    return TextTable(
+        f"{cell}: plain and branching requests, serial stages and victims", ["", *near], rows,
+        "Each policy at its own rate next below capacity; means over seeds.",
+    )  # fmt: skip
+
+
+def _mean(outcome: Outcome, keys: Sequence[str], scale: float, form: str) -> str:
+    values = []
+    for run in outcome.near:
+        value = run
+        for key in keys:
+            value = value[key]
+        if value is not None:
+            values.append(scale * float(value))
+    return format(float(np.mean(values)), form) if values else "-"
+
+
+def _cells(outcomes: Outcomes, scale: Scale) -> TextTable:
+    rows = []
+    for name in cells_of(outcomes):
+        cell = CELLS[name]
+        slo = f"{cell.tpot_ms:g}, {cell.ttft_ms / 1e3:g}"
+        duration_s = scale.duration_s or cell.quick_duration_s
+        rows.append([name, cell.title, slo, f"{cell.warmup_s:g} + {duration_s:g}"])
+    return TextTable(
+        "Cells", ["cell", "deployment and load", "tau (ms), Y (s)", "warm-up + window (s)"], rows,
+        f"{scale.num_seeds} seeds; neighbouring rates differ by "
+        f"{10 ** (scale.grid.spacing / 80) - 1:.0%}.",
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- texts
+
+
+def _shipped(
+    outcomes: Outcomes, policies: Sequence[str]
+) -> Iterator[tuple[str, list[Outcome | None]]]:
+    for cell in cells_of(outcomes):
+        yield cell, [outcomes.get(Task(cell, "shipped", policy)) for policy in policies]
+
+
+def _shipped_ratio(outcomes: Outcomes, cell: str, rival: str, figure: str) -> Ratio | None:
+    return paired(
+        outcomes.get(Task(cell, "shipped", REFERENCE)),
+        outcomes.get(Task(cell, "shipped", rival)),
+        figure,
+    )
+
+
+def _value(outcome: Outcome | None, figure: str, form: str) -> str:
+    """The figure; nothing where it was not measured."""
+    if outcome is None:
+        return ""
+    rate = getattr(outcome, figure).rate
+    return "not found" if rate is None else format(rate, form)
+
+
+def _text(ratio: Ratio | None) -> str:
+    return "" if ratio is None else str(ratio)
+
+
+def _marked(ratio: Ratio | None) -> str:
+    """With a mark where it is below one by more than its error."""
+    return _text(ratio) + (" **loses**" if ratio is not None and ratio.verdict < 0 else "")

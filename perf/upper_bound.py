@@ -1,0 +1,228 @@
+"""What no control of branch width can exceed: the fluid bound of the request rate.
+
+In steady state at lambda requests per second, steps of every kind k (a width n_k, m_k prefill
+tokens, t_k seconds) happen y_k times per second. Let a request decode N tokens, prefill M tokens
+and be at least C steps long (its critical path), each on average. Whatever decides the widths,
+
+  time      sum y_k t_k <= 1
+  decode    sum y_k n_k >= lambda N
+  prefill   sum y_k m_k >= lambda M
+  pace      sum y_k >= 1 / tau: a request in decode gets one token per step, so the mean step is its
+            time per token
+  memory    sum y_k >= lambda A / K: with s the mean step, a request holds KV for at least C s
+            seconds; A is its tokens held x steps, at least reserved x C, and K the pool (Little)
+  slots     sum y_k >= lambda C / R for R request slots, likewise
+
+The largest lambda is a linear program. With s = 1 / sum y_k and x_k = s y_k it asks for a mixture
+of kinds with mean time s <= min(tau, K / (lambda A), R / (lambda C)), E[n] >= lambda N s and
+E[m] >= lambda M s. For every price beta >= 0 of a prefill token in decoded ones this implies
+
+  lambda <= max over mixtures of E[n + beta m] / s / (N + beta M),
+
+which one kind, or two that share the time, attain. Each price bounds lambda; the least of them is
+the bound (linear programming duality; prices come from a grid, which can only make it larger).
+
+The bound is approximate: contexts are equal to their mean, the mean step stands for the TPOT of
+every request, and all requests are served, while 5 % may miss. Queueing, and with it the TTFT, is
+absent.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from perf.offered_load import LoadConfig, OfferedLoad
+from perf.program import critical_tokens, program_cost
+from perf.simulation import Deployment
+from taper_trtllm.batch import FloatArray, PrefillLoad
+from taper_trtllm.engines.simulated import StepTimes
+from taper_trtllm.kv_budget import serial_footprint_blocks
+from taper_trtllm.request import ForkJoinRequest, ParallelStage, SerialStage
+
+_SAMPLE = 1000  # requests whose mean stands for the load
+_PRICES = (0.0, *np.geomspace(1e-3, 10, 33).tolist())  # decoded tokens per prefill token
+_HALVINGS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """Means over requests.
+
+    Attributes:
+        output_tokens: N, decoded tokens.
+        context_tokens: Context of a decoded token.
+        prefill_tokens: M, prefill tokens that cost time here.
+        prefill_context: Context of such a token.
+        critical_steps: C, steps of the longest path.
+        kv_token_steps: A, KV tokens held x steps.
+    """
+
+    output_tokens: float
+    context_tokens: float
+    prefill_tokens: float
+    prefill_context: float
+    critical_steps: float
+    kv_token_steps: float
+
+
+def upper_bound(deployment: Deployment, load: LoadConfig) -> float:
+    """The fluid bound of a deployment in requests per second, from a sample of its load."""
+    offers = itertools.islice(OfferedLoad(load, 0).arrivals(1.0), _SAMPLE)
+    demand = demand_of((offer.request for _, offer in offers), deployment)
+    kinds = step_kinds(deployment, demand)
+    engine = deployment.engine
+    return largest_rate(
+        kinds, demand, deployment.slo.tpot_ms / 1e3, engine.num_kv_blocks * engine.tokens_per_block,
+        deployment.scheduler.max_num_requests,
+    )  # fmt: skip
+
+
+def demand_of(requests: Iterable[ForkJoinRequest], deployment: Deployment) -> Demand:
+    """Means over requests of what they ask of a deployment."""
+    engine = deployment.engine
+    rows = []
+    for request in requests:
+        cost = program_cost(request, engine.tokens_per_block)
+        prompt = len(request.input_ids)
+        tokens = context = 0
+        if not engine.disaggregated_prefill:
+            tokens, context = prompt, prompt * (prompt - 1) // 2
+        if not engine.free_joins:
+            tokens += cost.num_prefill_tokens - prompt
+            context += cost.prefill_token_context - prompt * (prompt - 1) // 2
+        held = kv_token_steps(
+            request, engine.tokens_per_block, deployment.scheduler.kv_reserve_fraction
+        )
+        rows.append((cost.num_output_tokens, cost.decode_context_tokens, tokens, context,
+                     cost.critical_tokens, held))  # fmt: skip
+    output, decode_context, prefill, prefill_context, critical, held = np.mean(rows, axis=0)
+    return Demand(
+        float(output), float(decode_context / output), float(prefill),
+        float(prefill_context / max(prefill, 1e-9)), float(critical), float(held),
+    )  # fmt: skip
+
+
+def kv_token_steps(
+    request: ForkJoinRequest, tokens_per_block: int, reserve_fraction: float
+) -> float:
+    """The least KV tokens x steps of a request under any control of its width.
+
+    It is either what its reservation comes to over the critical path, or what it holds if all
+    branches run at once: that is least, since a deferred branch keeps its own tokens and everyone's
+    prefix for longer.
+    """
+    prompt = len(request.input_ids)
+    footprint = serial_footprint_blocks(prompt, request.program, tokens_per_block)
+    reserved = reserve_fraction * footprint * tokens_per_block * critical_tokens(request.program)
+    return max(reserved, _held_in_parallel(request.program, prompt)[0])
+
+
+def _held_in_parallel(
+    program: Sequence[SerialStage | ParallelStage], context: int
+) -> tuple[float, int]:
+    """Tokens x steps of a program behind `context` own tokens, and its own tokens at the end."""
+    held = 0.0
+    for stage in program:
+        if isinstance(stage, SerialStage):
+            held += stage.max_tokens * (context + (stage.max_tokens - 1) / 2)
+            context += stage.max_tokens
+            continue
+        held += context * max(critical_tokens(branch.program) for branch in stage.branches)
+        for branch in stage.branches:
+            own, end = _held_in_parallel(branch.program, len(branch.header_ids))
+            held += own
+            context += end
+        context += len(stage.join_ids)
+    return held, context
+
+
+# --------------------------------------------------------------------------- the linear program
+
+Kinds = tuple[FloatArray, FloatArray, FloatArray]
+
+
+def step_kinds(deployment: Deployment, demand: Demand) -> Kinds:
+    """Widths n, prefill tokens m and seconds t of the steps that can happen.
+
+    Step times are linear between measured widths and chunks, so the ends of every such piece do.
+    """
+    profile, scheduler = deployment.truth, deployment.scheduler
+    most = scheduler.max_batch_size
+    ends = {p.width for p in profile.decode} | {p.width for p in profile.prefill} | {most}
+    for bucket in profile.width_buckets or ():
+        ends |= {bucket, bucket + 1}
+    chunks = {p.num_tokens for p in profile.prefill} | {scheduler.max_prefill_tokens}
+    chunks = (
+        {c for c in chunks if c <= scheduler.max_prefill_tokens} if demand.prefill_tokens else set()
+    )
+    times = StepTimes(profile, deployment.engine.max_batch_size)
+    disturbance = deployment.engine.disturbance
+    kinds = []
+    for width in sorted(w for w in ends if 1 <= w <= most):
+        decode_ms = times.decode_ms(width, demand.context_tokens * disturbance.context_scale)
+        kinds.append((width, 0, decode_ms))
+        for chunk in sorted(chunks):
+            load = PrefillLoad(1, chunk, chunk * demand.prefill_context)
+            kinds.append((width, chunk, decode_ms + times.prefill_ms(width, load)))
+    widths, tokens, step_ms = np.array(kinds, dtype=np.float64).T
+    step_ms = step_ms * disturbance.step_scale + disturbance.host_overhead_ms
+    return widths, tokens, step_ms / 1e3
+
+
+def largest_rate(
+    kinds: Kinds, demand: Demand, tau_s: float, num_kv_tokens: float, num_slots: float
+) -> float:
+    """The bound in requests per second; see the module's docstring.
+
+    Args:
+        kinds: Of `step_kinds`.
+        demand: Of a request.
+        tau_s: Longest mean step.
+        num_kv_tokens: K.
+        num_slots: R.
+    """
+
+    def longest_step_s(rate: float) -> float:
+        return min(
+            tau_s,
+            num_kv_tokens / (rate * demand.kv_token_steps),
+            num_slots / (rate * demand.critical_steps),
+        )
+
+    low, high = 0.0, _served(kinds, demand, np.inf)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        if _served(kinds, demand, longest_step_s(middle)) >= middle:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
+def _served(kinds: Kinds, demand: Demand, step_s: float) -> float:
+    """Requests per second that steps of mean length `step_s` or shorter can serve."""
+    widths, tokens, times = kinds
+    prices = _PRICES if demand.prefill_tokens else (0.0,)
+    return min(
+        _best_yield(times, widths + price * tokens, step_s)
+        / (demand.output_tokens + price * demand.prefill_tokens)
+        for price in prices
+    )
+
+
+def _best_yield(times: FloatArray, gains: FloatArray, step_s: float) -> float:
+    """The most gain per second of a mixture of kinds whose mean time is at most `step_s`."""
+    is_short = times <= step_s
+    if not is_short.any():
+        return 0.0
+    best = float((gains[is_short] / times[is_short]).max())
+    if is_short.all():
+        return best
+    short, long = times[is_short][:, None], times[~is_short][None, :]
+    share = (step_s - short) / (long - short)
+    mixed = (1 - share) * gains[is_short][:, None] + share * gains[~is_short][None, :]
+    return max(best, float(mixed.max()) / step_s)

@@ -1,0 +1,279 @@
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_simulate import SMALL
+
+from perf import evaluate
+from perf.capacity import capacity, grid_rate, grid_step
+from perf.evaluate import MARKERS, main, plan
+from perf.evaluation_cells import CELLS, LEVERS, NamedCell, study_of
+from perf.evaluation_runs import EvaluationError, Scale, Task, TaskRuns, load_task, save_task
+from perf.evaluation_summary import Outcome, Ratio, outcome_of, paired, peak
+from perf.evaluation_tables import all_tables
+from perf.rate_search import FULL, QUICK, wanted_seeds
+
+# ---------------------------------------------------------------------------------------- search
+
+
+def attainment(rate, true_capacity):
+    """Falls through 95 % at the capacity."""
+    return float(np.clip(0.95 - 0.8 * (rate / true_capacity - 1), 0.0, 1.0))
+
+
+def search(grid, true_capacity, start, num_seeds, spread=0.0):
+    """Runs the search against a made-up system whose seeds differ in capacity."""
+    offsets = spread * np.linspace(-1, 1, num_seeds)
+    measured = {}
+    while wanted := wanted_seeds(measured, grid, start, num_seeds, 0.95):
+        for step, n in wanted.items():
+            assert len(measured.get(step, ())) < n <= num_seeds
+            assert step % grid.spacing == 0
+            rate = grid_rate(step)
+            met = [attainment(rate, true_capacity * (1 + offset)) for offset in offsets[:n]]
+            measured[step] = [(a, a * rate) for a in met]
+    return measured
+
+
+@pytest.mark.parametrize("grid", [QUICK, FULL])
+@pytest.mark.parametrize("start", [0.4, 1.0, 1.36, 4.0])
+@pytest.mark.parametrize("spread", [0.0, 0.05])
+def test_the_search_finds_capacity_and_peak(grid, start, spread):
+    measured = search(grid, 1.37, grid_step(start), 3, spread)
+    complete = {s: v for s, v in measured.items() if len(v) == 3}
+    found = capacity({s: [a for a, _ in v] for s, v in measured.items()}, 3, 0.95)
+    assert found.rate == pytest.approx(1.37, rel=0.02)
+    # Goodput r (0.95 - 0.8 (r/c - 1)) is highest at r = 1.09 c, the complete rates come near it.
+    highest = max(np.mean([g for _, g in v]) for v in complete.values())
+    assert highest == pytest.approx(1.37 * 1.09375 * 0.875, rel=0.03)
+
+
+def test_a_quick_search_is_short_and_few_rates_are_measured_on_all_seeds():
+    measured = search(QUICK, 1.37, grid_step(1.6), 3)
+    assert sum(len(v) for v in measured.values()) <= 13
+    assert sum(len(v) == 3 for v in measured.values()) <= 4
+
+
+def test_a_target_out_of_reach_ends_the_search():
+    measured = {}
+    while wanted := wanted_seeds(measured, QUICK, 0, 3, 0.95):
+        measured |= {step: [(0.5, 1.0)] * n for step, n in wanted.items()}
+    assert 2 <= len(measured) <= QUICK.max_rates
+
+
+# --------------------------------------------------------------------------------------- figures
+
+
+def outcome(rates, num_seeds=3) -> Outcome:
+    """Capacity and peak of made-up seeds."""
+    runs = {}
+    for step in range(grid_step(min(rates)) - 6, grid_step(max(rates)) + 7):
+        for seed in range(num_seeds):
+            met = attainment(grid_rate(step), rates[seed])
+            runs[step, seed] = {
+                "slo_attainment": met, "token_goodput": 100 * met * grid_rate(step)
+            }  # fmt: skip
+    return outcome_of(TaskRuns(Task("A", "shipped", "x"), 1.0, runs), num_seeds, 0.95)
+
+
+def test_ratios_are_paired_and_carry_the_error_of_the_mean():
+    low, high = outcome([1.0, 1.05, 1.1]), outcome([1.2, 1.26, 1.32])
+    same = paired(high, low, "capacity")
+    assert same.value == pytest.approx(1.2, rel=0.01) and same.error < 0.01
+    assert same.verdict == 1 and paired(low, high, "capacity").verdict == -1
+    mixed = paired(outcome([1.0, 1.3, 1.6]), outcome([1.6, 1.3, 1.0]), "capacity")
+    assert mixed.error > 0.1 and mixed.verdict == 0
+    assert paired(high, low, "peak").value == pytest.approx(1.2, rel=0.02)
+    assert paired(high, None, "peak") is None
+    # A figure of which seed i gives i: standard error of three values, 1 / sqrt(3).
+    spread = peak({0: [9.0, 10.0, 11.0], 3: [5.0, 5.0]}, 3)
+    flat = peak({0: [10.0, 10.0, 10.0]}, 3)
+    one, other = (
+        Outcome(capacity({}, 3, 0.95), found, (), None, 3) for found in (spread, flat)
+    )  # fmt: skip
+    assert paired(one, other, "peak").error == pytest.approx(0.1 / np.sqrt(3), rel=0.05)
+
+
+def test_the_peak_is_read_from_complete_rates_alone():
+    assert peak({0: [1.0, 3.0], 3: [2.0, 4.0], 6: [9.0]}, 2).rate == 3.0
+    assert peak({0: [1.0]}, 2).rate is None
+
+
+def test_verdicts_need_more_than_the_error():
+    assert [Ratio(1.1, 0.2).verdict, Ratio(0.9, 0.05).verdict, Ratio(1.1, None).verdict] == [
+        0, -1, 1
+    ]  # fmt: skip
+
+
+def figures(met) -> dict:
+    names = ("plain", "branching", "victims")
+    group = dict.fromkeys(
+        ("slo_attainment", "p50_tpot_ms", "p99_tpot_ms", "p99_serial_tpot_ms", "p50_stretch",
+         "p99_stretch", "mean_width", "mean_join_wait_ms"), met
+    )  # fmt: skip
+    return {"slo_attainment": met, "token_goodput": met, "p99_ttft_ms": 1.0,
+            "groups": dict.fromkeys(names, group)}  # fmt: skip
+
+
+def measured(task, true_capacity) -> TaskRuns:
+    runs = {
+        (step, seed): figures(attainment(grid_rate(step), true_capacity))
+        for step in range(-12, 24)
+        for seed in range(2)
+    }
+    return TaskRuns(task, 1.5, runs)
+
+
+def test_tables_name_what_is_lost_and_tell_the_two_figures_of_regime_p():
+    scale = Scale(2, QUICK, 10.0)
+    tasks = {
+        Task("P", "shipped", "taper"): 1.2, Task("P", "shipped", "irp-off"): 1.0,
+        Task("P", "shipped", "step-ceiling:0.9"): 1.3, Task("P", "bare", "taper"): 1.1,
+        Task("P", "bare", "irp-off"): 0.8, Task("A", "shipped", "taper"): 1.0,
+        Task("P-free-joins", "shipped", "taper"): 1.5,
+    }  # fmt: skip
+    outcomes = {t: outcome_of(measured(t, c), 2, 0.95) for t, c in tasks.items()}
+    tables = all_tables(outcomes, {"P": 1.5, "A": 1.4, "P-free-joins": 2.0}, scale)
+    by_title = {table.title: {row[0]: row[1:] for row in table.rows} for table in tables}
+    against = by_title["TAPER over each rival, SLO capacity"]
+    assert against["P"][0].startswith("1.20") and "loses" not in against["P"][0]
+    assert against["P"][1].startswith("0.92") and "loses" in against["P"][1]
+    assert "A" not in against  # no rival was measured
+    score = by_title["Cells won and lost"]["SLO capacity, step-ceiling:0.9"]
+    assert score[1:] == ["0", "0", "1", "P"]
+    shipped, bare, both = by_title["Regime P"]["irp-off, SLO capacity"]
+    ratios = [float(r[:4]) for r in (shipped, bare, both)]
+    assert ratios == pytest.approx([1.2, 1.375, 1.5], abs=0.011)
+    levers = by_title["Levers: SLO capacity with other levers over that with the shipped ones"]
+    assert [r[:4] for r in levers["P, bare"]] == ["0.92", "0.80", ""]
+    joins = next(rows for title, rows in by_title.items() if title.startswith("Joins"))
+    assert joins["P"][0].startswith("1.25")
+    for table in tables:
+        assert all(len(row) == len(table.header) for row in table.rows)
+        assert table.markdown().count("\n") == len(table.rows) + 4
+        table.rich()
+
+
+# ------------------------------------------------------------------------------------------ plans
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("levers", LEVERS)
+def test_every_cell_is_a_study(cell, levers):
+    found = study_of(CELLS[cell], "taper", levers, 10.0, 20.0)
+    scheduler = found.policies["taper"]
+    assert (scheduler.prefill_chunking == "full") == (levers in ("bare", "full-chunks"))
+    assert (scheduler.late_requests == "fcfs") == (levers in ("bare", "fcfs"))
+    assert scheduler.max_num_requests == (64 if cell == "C" else 512)
+
+
+def test_plans_begin_with_what_matters_most():
+    quick = plan(True, None, None, None)
+    assert list(dict.fromkeys(t.cell for t in quick))[:5] == ["A", "E", "P", "C", "public"]
+    assert {t.levers for t in quick if t.cell == "P"} == {"shipped", "bare"}
+    full = plan(False, None, None, None)
+    assert len(full) == len(set(full)) and set(quick) < set(full)
+    assert {t.cell for t in full} == set(CELLS) and {t.levers for t in full} == set(LEVERS)
+    assert plan(True, ["B"], ["taper"], ["bare"]) == [Task("B", "bare", "taper")]
+    assert len({t.path for t in full}) == len(full)
+
+
+def test_a_file_of_other_settings_is_refused(tmp_path):
+    task, scale = Task("A", "shipped", "taper"), Scale(2, QUICK, 10.0)
+    saved = measured(task, 1.0)
+    save_task(saved, tmp_path, scale)
+    assert load_task(task, tmp_path, scale) == saved
+    assert load_task(task, tmp_path, replace(scale, num_seeds=5)) == saved
+    with pytest.raises(EvaluationError, match=r"taper\.json"):
+        load_task(task, tmp_path, replace(scale, duration_s=20.0))
+    assert load_task(Task("A", "bare", "taper"), tmp_path, scale) is None
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """Two small cells, in this process."""
+    cell = NamedCell(
+        "small", "h200_fp8_tp1", replace(SMALL, input_len=(100, 200)), tpot_ms=13, ttft_ms=1000,
+        kv_cache_tokens=3000, max_num_requests=16, warmup_s=0.5, quick_duration_s=3, drain_s=5,
+    )  # fmt: skip
+    for name in ("P", "A"):
+        monkeypatch.setitem(CELLS, name, cell)
+    monkeypatch.setattr(evaluate, "_pool", InThisProcess)
+    (tmp_path / "README.md").write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
+    return [
+        "--quick", "--cells", "P", "--policies", "taper,irp-eager", "--seeds", "2",
+        "--levers", "shipped", "--output-dir", str(tmp_path / "out"), "--no-progress",
+    ]  # fmt: skip
+
+
+class InThisProcess:
+    """A pool without processes, so that changed cells are seen."""
+
+    def __init__(self, num_processes):
+        self.num_runs = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def submit(self, function, *arguments):
+        future: Future = Future()
+        future.set_result(function(*arguments))
+        return future
+
+
+def test_the_command_measures_resumes_and_reports(command, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    assert main([*command, "--readme", str(readme)]) == 0
+    out = tmp_path / "out"
+    first = {p: p.read_text() for p in sorted(out.rglob("*.json"))}
+    assert [p.name for p in first] == ["irp-eager.json", "taper.json"]
+    content = json.loads(next(iter(first.values())))
+    assert {run["seed"] for run in content["runs"]} == {0, 1}
+    assert content["upper_bound_rps"] > 0 and content["settings"]["cell"] == "P"
+    assert (out / "P.png").stat().st_size and (out / "ratios.png").stat().st_size
+    tables = (out / "tables.md").read_text()
+    assert "Everything that was asked for is measured." in tables
+    assert tables in readme.read_text() and "old" not in readme.read_text()
+    assert readme.read_text().startswith("before") and readme.read_text().endswith("after\n")
+    # All is there: nothing runs again. A file cut short is completed, with the same figures.
+    capsys.readouterr()
+    assert main(command) == 0 and "\n0 runs" in "\n" + capsys.readouterr().out
+    path = out / "P" / "shipped" / "taper.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"runs": whole["runs"][:1]}))
+    assert main(command) == 0
+    assert "Everything" in (out / "tables.md").read_text()
+    again = {(r["request_rate"], r["seed"]): r for r in json.loads(path.read_text())["runs"]}
+    for run in whole["runs"]:
+        assert again.get((run["request_rate"], run["seed"]), run) == run
+
+
+def test_a_run_without_time_says_what_is_missing(command, tmp_path, capsys):
+    assert main([*command, "--budget-min", "1e-9"]) == 0
+    assert "Not or not wholly measured (2): P shipped taper" in capsys.readouterr().out
+    assert not list((tmp_path / "out").rglob("*.json"))
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--cells", "Z"], "'Z'"),
+        (["--levers", "all"], "'all'"),
+        (["--policies", "tapir"], "tapir"),
+        (["--readme", "/dev/null"], "perf.evaluate: begin"),
+    ],
+)
+def test_errors_name_the_option(command, more, named, capsys):
+    assert main([*command, *more]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error:") and named in error
