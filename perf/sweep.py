@@ -36,7 +36,7 @@ from taper_trtllm.profile import ProfileError
 from taper_trtllm.triton_install import TritonServerError
 
 POLICIES = ("irp-off", "irp-eager", "fixed-cap:2", "step-ceiling:1.0", "taper")
-LOADS = (0.3, 0.45, 0.6)
+LOADS = (0.3, 0.45, 0.6, 0.8)
 
 
 class SweepError(RuntimeError):
