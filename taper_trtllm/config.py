@@ -68,8 +68,9 @@ class SchedulerConfig(_Model):
         max_batch_size: Sequences in one step.
         max_prefill_tokens: Prefill tokens in one step (the chunk budget), counted without context;
             a token behind a long context counts for as much as it costs more.
-        prefill_chunking: ``slack`` cuts chunks to what the smallest slack leaves, joins and prompts
-            at the pace that they need (`prefill_gate.py`); ``full`` always uses the chunk budget.
+        prefill_chunking: ``full`` always uses the chunk budget. ``slack`` cuts chunks to what the
+            smallest slack leaves, joins and prompts at the pace that they need (`prefill_gate.py`):
+            for engines where small chunks cost no more per token than large ones.
         late_requests: ``defer`` starts waiting requests that missed their TTFT objective after all
             others; ``fcfs`` keeps the order of arrival.
         rho: Share of the slack above T0 that a step may spend. Steps settle at tau whatever it is;
@@ -87,7 +88,7 @@ class SchedulerConfig(_Model):
     max_num_requests: _PositiveInt = 16
     max_batch_size: _PositiveInt = 256
     max_prefill_tokens: _PositiveInt = 128
-    prefill_chunking: Literal["slack", "full"] = "slack"
+    prefill_chunking: Literal["slack", "full"] = "full"
     late_requests: Literal["defer", "fcfs"] = "defer"
     rho: Annotated[float, Field(gt=0, le=1)] = 0.5
     kappa: Annotated[float, Field(ge=1)] = 1.0

@@ -15,7 +15,7 @@ from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.predictor import StepLatencyPredictor
 
 _TTFT_MARGIN = 0.3  # share of the TTFT objective by which a prompt should be ready ahead of it
-_LEAST_PROTECTED_TOKENS = 32  # per step, of what a request needs to go on at all
+_LEAST_PROTECTED_SHARE = 0.25  # of the chunk budget, for what a request needs to go on at all
 _RESOLUTION_TOKENS = 8
 
 
@@ -90,7 +90,9 @@ class PrefillGate:
         limit_ms = self.limit_ms(urgency)
         if self._fits(load, num_tokens, num_computed_tokens, limit_ms):
             return num_tokens
-        least = min(num_tokens, _LEAST_PROTECTED_TOKENS) if urgency is Urgency.PROTECTED else 0
+        least = 0
+        if urgency is Urgency.PROTECTED:
+            least = min(num_tokens, int(_LEAST_PROTECTED_SHARE * self._max_prefill_tokens))
         fits, over = least, num_tokens
         while over - fits > _RESOLUTION_TOKENS:
             middle = (fits + over) // 2

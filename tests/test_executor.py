@@ -36,7 +36,9 @@ SLO = SloTarget(ttft_ms=200, tpot_ms=8)
 
 def make_executor(engine: ToyEngine, policy: str = "taper", **scheduler) -> TaperExecutor:
     limits = scheduler.pop("limits", RequestLimits())
-    config = SchedulerConfig(policy=policy, **{"max_batch_size": 64, **scheduler})
+    config = SchedulerConfig(
+        policy=policy, **{"max_batch_size": 64, "prefill_chunking": "slack", **scheduler}
+    )
     return TaperExecutor(engine, PROFILE, config, limits, SLO)
 
 
