@@ -31,7 +31,7 @@ _NOISE = Disturbance(noise=0.02)
 LEVERS: dict[str, dict[str, Any]] = {
     "shipped": {},
     "bare": {"prefill_chunking": "full", "late_requests": "fcfs", "kv_reserve_fraction": 1.0},
-    "full-chunks": {"prefill_chunking": "full"},
+    "slack-chunks": {"prefill_chunking": "slack"},
     "fcfs": {"late_requests": "fcfs"},
     "reserve-0.6": {"kv_reserve_fraction": 0.6},
 }

@@ -166,7 +166,7 @@ def test_tables_name_what_is_lost_and_tell_the_two_figures_of_regime_p():
 def test_every_cell_is_a_study(cell, levers):
     found = study_of(CELLS[cell], "taper", levers, 10.0, 20.0)
     scheduler = found.policies["taper"]
-    assert (scheduler.prefill_chunking == "full") == (levers in ("bare", "full-chunks"))
+    assert (scheduler.prefill_chunking == "slack") == (levers == "slack-chunks")
     assert (scheduler.late_requests == "fcfs") == (levers in ("bare", "fcfs"))
     assert scheduler.max_num_requests == (64 if cell == "C" else 512)
 
