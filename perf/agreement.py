@@ -25,7 +25,7 @@ from perf.offered_load import Offer
 from perf.program import critical_tokens
 from perf.regime import Regime
 from perf.simulation import Deployment, simulate
-from perf.workload import WorkloadConfig, build_workload
+from perf.workload import DEFAULT_TRACE, build_workload
 from taper_trtllm.config import ServingConfig, parse_config
 from taper_trtllm.engines.simulated import Disturbance, SimulatedConfig
 from taper_trtllm.profile import LatencyProfile, load_profile
@@ -87,14 +87,8 @@ def simulate_cell(
     rate = cell["load"] * sweep.regime.reference_rate
     config = sweep.regime.serving_config(sweep.base, cell["policy"], profile_path)
     workload = build_workload(
-        WorkloadConfig(
-            num_prompts=cell["num_prompts"],
-            request_rate=rate,
-            length_scale=sweep.regime.length_scale,
-            prompt_scale=sweep.regime.prompt_scale,
-            seed=sweep.seed + cell["repetition"],
-            vocab_size=sweep.base.engine.random_model.vocab_size,
-            limits=sweep.base.limits,
+        sweep.regime.workload_config(
+            sweep.base, DEFAULT_TRACE, rate, cell["num_prompts"], sweep.seed + cell["repetition"]
         )
     )
     engine = SimulatedConfig(

@@ -19,11 +19,6 @@ FloatArray = npt.NDArray[np.float64]
 
 STEPS_PER_DECADE = 80  # neighbouring rates of the grid differ by 2.9 %
 
-_PROBE_SEEDS = 2
-_PROBE_STRIDE = 8  # 26 %
-_MAX_PROBES = 20  # a factor of 80 from the start
-_REACH = 4  # grid steps that are measured on both sides of the crossing
-_MAX_STEPS = 40
 _NUM_RESAMPLES = 2000
 
 
@@ -123,39 +118,3 @@ def ratio(one: Capacity, other: Capacity) -> tuple[float, float] | None:
     if one.rate is None or other.rate is None:
         return None
     return one.rate / other.rate, float((one.resampled / other.resampled).std())
-
-
-def wanted_steps(
-    attainment: Mapping[int, Sequence[float]], start: int, num_seeds: int, target: float
-) -> dict[int, int]:
-    """What to measure next in the search for a capacity.
-
-    Far-apart rates on a few seeds until the target is bracketed, then every grid step around the
-    crossing on all seeds; the window moves along if the crossing turns out to lie near its edge.
-
-    Args:
-        attainment: Measured so far, as for `capacity`.
-        start: Grid step to begin at.
-        num_seeds: Seeds of a complete step.
-        target: Share of requests that have to meet their objective.
-
-    Returns:
-        Number of seeds needed by grid step, of those that have fewer; empty at the end.
-    """
-    if not attainment:
-        return {start: min(_PROBE_SEEDS, num_seeds)}
-    steps = sorted(attainment)
-    fit = antitonic_fit(np.array([np.mean(attainment[step]) for step in steps]))
-    if fit[0] < target or fit[-1] >= target:
-        if len(steps) >= _MAX_PROBES:
-            return {}
-        following = steps[0] - _PROBE_STRIDE if fit[0] < target else steps[-1] + _PROBE_STRIDE
-        return {following: min(_PROBE_SEEDS, num_seeds)}
-    middle = grid_step(float(crossing(np.array([grid_rate(s) for s in steps]), fit, target)))
-
-    def missing(reach: int) -> dict[int, int]:
-        window = range(middle - reach, middle + reach + 1)
-        return {step: num_seeds for step in window if len(attainment.get(step, ())) < num_seeds}
-
-    # A window that turns out to be off by one step stays as it is.
-    return missing(_REACH) if missing(_REACH - 1) and len(steps) < _MAX_STEPS else {}

@@ -14,7 +14,7 @@ from perf.grpc_client import ClientConfig
 from perf.latency import RequestRecord
 from perf.metrics import SloScore
 from perf.regime import Regime, write_config
-from perf.workload import DEFAULT_TRACE, WorkloadConfig, build_workload
+from perf.workload import DEFAULT_TRACE, build_workload
 from taper_trtllm.admission import make_policy
 from taper_trtllm.config import ServingConfig
 from taper_trtllm.predictor import StepLatencyPredictor
@@ -74,15 +74,8 @@ def run_cell(
         TritonServerError: The server does not start.
         ServerUnavailableError: It cannot be benchmarked.
     """
-    workload_config = WorkloadConfig(
-        dataset_path=experiment.dataset_path,
-        num_prompts=num_prompts,
-        request_rate=request_rate,
-        length_scale=experiment.regime.length_scale,
-        prompt_scale=experiment.regime.prompt_scale,
-        seed=seed,
-        vocab_size=experiment.base.engine.random_model.vocab_size,
-        limits=experiment.base.limits,
+    workload_config = experiment.regime.workload_config(
+        experiment.base, experiment.dataset_path, request_rate, num_prompts, seed
     )
     workload = build_workload(workload_config)
     config = experiment.regime.serving_config(experiment.base, policy, experiment.profile)

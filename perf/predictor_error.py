@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -68,14 +68,7 @@ def predictor_error(
     for contexts in _batches(rng, _NUM_STEPS):
         step_ms = device.step_ms(contexts, _NO_PREFILL)
         predictor.observe(len(contexts), sum(contexts), _NO_PREFILL, step_ms)
-    mean = Disturbance(
-        host_overhead_ms=disturbance.host_overhead_ms,
-        step_scale=disturbance.step_scale,
-        context_scale=disturbance.context_scale,
-        imbalance=disturbance.imbalance,
-        width_shift=disturbance.width_shift,
-    )
-    truth = Device(profile, mean, _MAX_WIDTH, seed)
+    truth = Device(profile, replace(disturbance, noise=0.0), _MAX_WIDTH, seed)
     errors, gaps, externalities = [], [], []
     for contexts in _batches(rng, _NUM_HELD_OUT):
         num_baseline = max(1, len(contexts) - int(rng.integers(4, 64)))

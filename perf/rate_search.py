@@ -2,8 +2,7 @@
 
 All policies are measured at rates of one geometric grid, so that they share rates as well as
 seeds. One seed goes ahead: far-apart rates until the target is bracketed, then halves. The rates
-around the crossing are measured on all seeds, and so is the rate of the highest token goodput. (The
-search in `capacity.py` is for one study at leisure: nine neighbouring rates on all seeds.)
+around the crossing are measured on all seeds, and so is the rate of the highest token goodput.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class RateGrid:
 
 
 QUICK = RateGrid(spacing=3, stride=2, reach=1, max_rates=14)  # 9 %
-FULL = RateGrid(spacing=1, stride=6, reach=3, max_rates=40)  # 2.9 %
+FULL = RateGrid(spacing=1, stride=6, reach=4, max_rates=40)  # 2.9 %
 
 
 def wanted_seeds(

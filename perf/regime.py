@@ -100,6 +100,26 @@ class Regime:
             }
         )
 
+    def workload_config(
+        self,
+        base: ServingConfig,
+        dataset_path: Path,
+        request_rate: float,
+        num_prompts: int,
+        seed: int,
+    ) -> WorkloadConfig:
+        """What is replayed against such a server; equal seeds give equal requests and arrivals."""
+        return WorkloadConfig(
+            dataset_path=dataset_path,
+            num_prompts=num_prompts,
+            request_rate=request_rate,
+            length_scale=self.length_scale,
+            prompt_scale=self.prompt_scale,
+            seed=seed,
+            vocab_size=base.engine.random_model.vocab_size,
+            limits=base.limits,
+        )
+
     def lines(self) -> list[str]:
         """The regime in words."""
         return [

@@ -25,10 +25,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from perf.capacity import Capacity, capacity, grid_rate, grid_step, ratio, wanted_steps
+from perf.capacity import Capacity, capacity, grid_rate, grid_step, ratio
 from perf.offered_load import LoadError, OfferedLoad
 from perf.plots import plot_simulation
 from perf.program import program_cost
+from perf.rate_search import FULL, wanted_seeds
 from perf.result import save_json
 from perf.simulate_arguments import SimulateError, simulate_parser, study_of, workload_name
 from perf.simulated_cell import Cell, CellRunner, Study, run_cell, worker_pool
@@ -67,25 +68,30 @@ def find_capacities(
         target: Share of requests that have to meet their objective.
     """
     while True:
-        measured = {policy: _attainment(runner, policy) for policy in policies}
+        measured = {policy: _measured(runner, policy) for policy in policies}
         cells = [
             Cell(policy, grid_rate(step), seed)
             for policy in policies
-            for step, n in wanted_steps(measured[policy], start, len(seeds), target).items()
+            for step, n in wanted_seeds(measured[policy], FULL, start, len(seeds), target).items()
             for seed in seeds[:n]
         ]
         if not cells:
-            return {p: capacity(measured[p], len(seeds), target) for p in policies}
+            attainment = {
+                policy: {step: [a for a, _ in values] for step, values in measured[policy].items()}
+                for policy in policies
+            }
+            return {p: capacity(attainment[p], len(seeds), target) for p in policies}
         runner.run(cells)
 
 
-def _attainment(runner: CellRunner, policy: str) -> dict[int, list[float]]:
-    """By grid step, in order of seeds; a seed on which nothing arrived counts as met."""
-    found: dict[int, list[float]] = defaultdict(list)
+def _measured(runner: CellRunner, policy: str) -> dict[int, list[tuple[float, float]]]:
+    """See `rate_search.Measured`; a seed on which nothing arrived counts as met."""
+    found: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for cell, result in runner.results.items():
         if cell.policy == policy:
             attained = result["slo_attainment"]
-            found[grid_step(cell.request_rate)].append(1.0 if attained is None else attained)
+            figures = (1.0 if attained is None else attained, result["token_goodput"])
+            found[grid_step(cell.request_rate)].append(figures)
     return dict(found)
 
 

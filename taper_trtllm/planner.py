@@ -41,6 +41,7 @@ class _Ready:
         requests: [R].
         rows: [L] rows of the leaves in the sequence table.
         columns: [L] what the table says of them.
+        baseline: [R] the leaf of each request that the policy protects.
         batch: The same for the policy; memory and prefill are known later in the plan.
     """
 
@@ -48,6 +49,7 @@ class _Ready:
     requests: list[LiveRequest]
     rows: IntArray
     columns: Rows
+    baseline: IntArray
     batch: BatchState
 
 
@@ -166,19 +168,19 @@ class StepPlanner:
             prefill=PrefillLoad(),
             max_batch_size=self._scheduler.max_batch_size,
         )
-        return _Ready(indices, requests, rows, columns, batch)
+        baseline = self._policy.baseline(batch) if requests else _NO_ROWS
+        return _Ready(indices, requests, rows, columns, baseline, batch)
 
     # -------------------------------------------------------------------------- protection
 
     def _protect(self, running: list[LiveRequest], ready: _Ready, budget: KvBudget) -> None:
         """Secures memory for one branch of every request: its baseline leaf or its prefill."""
-        baseline = self._policy.baseline(ready.batch) if ready.requests else _NO_ROWS
-        sequence_ids = ready.columns["sequence_id"][baseline].tolist()
+        sequence_ids = ready.columns["sequence_id"][ready.baseline].tolist()
         for request, sequence_id in zip(ready.requests, sequence_ids, strict=True):
             request.protected = self._sequences[sequence_id]
         num_tokens = np.ones(len(running), dtype=np.int64)
         blocks = np.zeros(len(running), dtype=np.int64)
-        blocks[ready.indices] = ready.batch.blocks_needed[baseline]
+        blocks[ready.indices] = ready.batch.blocks_needed[ready.baseline]
         for index, request in enumerate(running):
             if not request.ready_paths:
                 need = request.prefill_needs[0]
@@ -284,12 +286,11 @@ class StepPlanner:
             if not request.has_started_decoding and request.prefill_needs
         ]
         batch = ready.batch
-        baseline = self._policy.baseline(batch)
         return PrefillGate(
             self._predictor,
             self._scheduler.max_prefill_tokens,
-            width=len(baseline),
-            context_tokens=int(batch.context_tokens[baseline].sum()),
+            width=len(ready.baseline),
+            context_tokens=int(batch.context_tokens[ready.baseline].sum()),
             min_slack_ms=float(batch.slack_ms.min(where=batch.savable, initial=np.inf)),
             prompts=prompts,
         )

@@ -47,8 +47,7 @@ class StepLatencyPredictor:
     ) -> None:
         self._mode = mode
         knots, intercepts, slopes = _fit_lines(profile.decode)
-        widths = np.arange(max_width + 1)
-        position = _knot_positions(widths, knots, profile.width_buckets)
+        position = _knot_positions(profile.padded_widths(max_width), knots)
         between = _weights(position, len(knots))
         self._fitted_intercept_ms = np.maximum(_between(between, intercepts), 1e-6)
         self._fitted_slope_ms = np.maximum(_between(between, slopes), 0.0)
@@ -199,18 +198,11 @@ def _nonnegative(design: FloatArray, target: FloatArray) -> FloatArray:
     return best
 
 
-def _knot_positions(
-    widths: IntArray, knots: FloatArray, buckets: tuple[int, ...] | None
-) -> FloatArray:
-    """Each width's place among the measured widths: fractional if the engine does not pad."""
-    values = widths.astype(float)
-    if buckets is not None:
-        padded = np.array(sorted(buckets), dtype=float)
-        index = np.minimum(np.searchsorted(padded, values), len(padded) - 1)
-        values = np.maximum(padded[index], values)
-    position = np.interp(values, knots, np.arange(len(knots)))
-    beyond = values > knots[-1]
-    position[beyond] = len(knots) - 1 + (values[beyond] - knots[-1]) / (knots[-1] - knots[-2])
+def _knot_positions(widths: FloatArray, knots: FloatArray) -> FloatArray:
+    """Each width's place among the measured widths, fractional between two."""
+    position = np.interp(widths, knots, np.arange(len(knots)))
+    beyond = widths > knots[-1]
+    position[beyond] = len(knots) - 1 + (widths[beyond] - knots[-1]) / (knots[-1] - knots[-2])
     return position
 
 

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from taper_trtllm.batch import PrefillLoad
+from taper_trtllm.batch import FloatArray, PrefillLoad
 
 
 class ProfileError(ValueError):
@@ -77,6 +78,16 @@ class LatencyProfile(_Model):
         if len(contexts) < 2 or any(len(values) < 2 for values in contexts.values()):
             raise ValueError("decode needs at least two widths, each at two contexts")
         return self
+
+    def padded_widths(self, max_width: int) -> FloatArray:
+        """[max_width + 1] the width at which each decode width runs: itself without buckets."""
+        widths = np.arange(max_width + 1).astype(float)
+        if self.width_buckets is None:
+            return widths
+        buckets = np.array(sorted(self.width_buckets), dtype=float)
+        above = np.minimum(np.searchsorted(buckets, widths), len(buckets) - 1)
+        padded: FloatArray = np.maximum(buckets[above], widths)
+        return padded
 
     def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
         """Refuses a profile of something else.

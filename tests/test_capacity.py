@@ -12,8 +12,8 @@ from perf.capacity import (
     grid_rate,
     grid_step,
     ratio,
-    wanted_steps,
 )
+from perf.rate_search import FULL, wanted_seeds
 
 values = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
@@ -55,13 +55,13 @@ def search(true_capacity, start, num_seeds, noise, generator):
     """Runs the search against a made-up system; returns what it measured."""
     offsets = noise * generator.standard_normal(num_seeds)
     measured = {}
-    while wanted := wanted_steps(measured, start, num_seeds, 0.95):
+    while wanted := wanted_seeds(measured, FULL, start, num_seeds, 0.95):
         for step, n in wanted.items():
             assert len(measured.get(step, ())) < n <= num_seeds
-            measured[step] = [
-                curve(grid_rate(step), true_capacity * (1 + offset)) for offset in offsets[:n]
-            ]
-    return measured
+            rate = grid_rate(step)
+            met = [curve(rate, true_capacity * (1 + offset)) for offset in offsets[:n]]
+            measured[step] = [(a, a * rate) for a in met]
+    return {step: [a for a, _ in figures] for step, figures in measured.items()}
 
 
 @pytest.mark.parametrize("num_seeds", [1, 2, 6])
@@ -90,10 +90,10 @@ def test_the_spread_is_that_of_the_seeds_and_ratios_are_paired():
 
 def test_a_target_that_is_never_reached_ends_the_search():
     measured = {}
-    while wanted := wanted_steps(measured, 0, 6, 0.95):
-        measured |= {step: [0.5] * n for step, n in wanted.items()}
-    assert 2 <= len(measured) <= 20
-    nothing = capacity(measured, 6, 0.95)
+    while wanted := wanted_seeds(measured, FULL, 0, 6, 0.95):
+        measured |= {step: [(0.5, 1.0)] * n for step, n in wanted.items()}
+    assert 2 <= len(measured) <= FULL.max_rates
+    nothing = capacity({step: [0.5] * len(v) for step, v in measured.items()}, 6, 0.95)
     assert nothing.rate is None and nothing.std is None
     assert ratio(nothing, nothing) is None
 

@@ -13,14 +13,18 @@ from dataclasses import replace
 import numpy as np
 
 from taper_trtllm.engines.base import (
-    EngineCapabilities,
     EngineError,
     SequenceId,
     StepPlan,
     StepResult,
 )
 from taper_trtllm.engines.kv_cache import BlockCopy, BlockPool
-from taper_trtllm.engines.paged_engine import ChunkWork, EngineSequence, PagedEngine
+from taper_trtllm.engines.paged_engine import (
+    ChunkWork,
+    EngineSequence,
+    PagedEngine,
+    per_step_capabilities,
+)
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 
 VOCAB_SIZE = 97
@@ -63,15 +67,8 @@ def toy_profile() -> LatencyProfile:
 class ToyEngine(PagedEngine):
     def __init__(self, num_kv_blocks: int = 256, tokens_per_block: int = 4) -> None:
         super().__init__(
-            EngineCapabilities(
+            per_step_capabilities(
                 name="toy",
-                granularity="step",
-                actuation_delay_steps=0,
-                lease_tokens=None,
-                resident_when_gated=True,
-                min_recompute_tokens=0,
-                width_buckets=None,
-                prefix_sharing_attention=False,
                 bitwise_deterministic=True,
                 virtual_time=True,
                 max_batch_size=256,

@@ -74,6 +74,38 @@ class ChunkWork:
         return f"sequence {self.sequence_id}"
 
 
+def per_step_capabilities(
+    name: str,
+    *,
+    max_batch_size: int,
+    max_seq_len: int,
+    tokens_per_block: int,
+    num_kv_blocks: int,
+    vocab_size: int,
+    bitwise_deterministic: bool,
+    virtual_time: bool,
+    width_buckets: tuple[int, ...] | None = None,
+) -> EngineCapabilities:
+    """What holds for every engine here: a plan takes effect at once, and gated sequences stay."""
+    return EngineCapabilities(
+        name=name,
+        granularity="step",
+        actuation_delay_steps=0,
+        lease_tokens=None,
+        resident_when_gated=True,
+        min_recompute_tokens=0,
+        width_buckets=width_buckets,
+        prefix_sharing_attention=False,
+        bitwise_deterministic=bitwise_deterministic,
+        virtual_time=virtual_time,
+        max_batch_size=max_batch_size,
+        max_seq_len=max_seq_len,
+        tokens_per_block=tokens_per_block,
+        num_kv_blocks=num_kv_blocks,
+        vocab_size=vocab_size,
+    )
+
+
 class PagedEngine(ABC):
     """Implements `engines.base.Engine` but for the computing.
 

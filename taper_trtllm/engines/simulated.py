@@ -13,9 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from taper_trtllm.batch import FloatArray, PrefillLoad
-from taper_trtllm.engines.base import EngineCapabilities, SequenceId, SequenceParams, StepPlan
+from taper_trtllm.engines.base import SequenceId, SequenceParams, StepPlan
 from taper_trtllm.engines.kv_cache import BlockCopy
-from taper_trtllm.engines.paged_engine import ChunkWork, EngineSequence, PagedEngine
+from taper_trtllm.engines.paged_engine import (
+    ChunkWork,
+    EngineSequence,
+    PagedEngine,
+    per_step_capabilities,
+)
 from taper_trtllm.prefill_cost import PrefillCost
 from taper_trtllm.profile import LatencyProfile
 
@@ -86,11 +91,7 @@ class StepTimes:
             _line([(p.context_tokens, p.step_ms) for p in profile.decode if p.width == width])
             for width in knots
         ]
-        widths = np.arange(max_width + 1).astype(float)
-        if profile.width_buckets is not None:
-            buckets = np.array(sorted(profile.width_buckets), dtype=float)
-            at = np.minimum(np.searchsorted(buckets, widths), len(buckets) - 1)
-            widths = np.maximum(buckets[at], widths)
+        widths = profile.padded_widths(max_width)
         # Padding reads no context: the sequences that are there share theirs with it.
         self._share_of_padded = np.arange(max_width + 1) / np.maximum(widths, 1.0)
         self._low = np.clip(np.searchsorted(knots, widths, side="right") - 1, 0, len(knots) - 2)
@@ -165,15 +166,9 @@ class SimulatedEngine(PagedEngine):
 
     def __init__(self, profile: LatencyProfile, config: SimulatedConfig) -> None:
         super().__init__(
-            EngineCapabilities(
+            per_step_capabilities(
                 name="simulated",
-                granularity="step",
-                actuation_delay_steps=0,
-                lease_tokens=None,
-                resident_when_gated=True,
-                min_recompute_tokens=0,
                 width_buckets=profile.width_buckets,
-                prefix_sharing_attention=False,
                 bitwise_deterministic=True,
                 virtual_time=True,
                 max_batch_size=config.max_batch_size,

@@ -8,12 +8,17 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from taper_trtllm.config import ConfigError, EngineConfig
-from taper_trtllm.engines.base import EngineCapabilities, EngineError, SequenceId, StepPlan
+from taper_trtllm.engines.base import EngineError, SequenceId, StepPlan
 from taper_trtllm.engines.checkpoint import open_checkpoint, random_checkpoint
 from taper_trtllm.engines.fingerprint import fingerprint
 from taper_trtllm.engines.kv_cache import BlockCopy
 from taper_trtllm.engines.paged_attention import PagedAttention
-from taper_trtllm.engines.paged_engine import ChunkWork, EngineSequence, PagedEngine
+from taper_trtllm.engines.paged_engine import (
+    ChunkWork,
+    EngineSequence,
+    PagedEngine,
+    per_step_capabilities,
+)
 from taper_trtllm.engines.qwen3 import Qwen3Model
 from taper_trtllm.engines.sampling import draw_tokens
 from taper_trtllm.engines.step_batch import Segment, split_chunk
@@ -55,15 +60,8 @@ class TorchEngine(PagedEngine):
         )
         self._fingerprint = fingerprint(config, checkpoint, self._device)
         super().__init__(
-            EngineCapabilities(
+            per_step_capabilities(
                 name="torch",
-                granularity="step",
-                actuation_delay_steps=0,
-                lease_tokens=None,
-                resident_when_gated=True,
-                min_recompute_tokens=0,
-                width_buckets=None,
-                prefix_sharing_attention=False,
                 bitwise_deterministic=False,
                 virtual_time=False,
                 max_batch_size=config.max_batch_size,
