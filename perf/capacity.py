@@ -115,6 +115,6 @@ def capacity(attainment: Mapping[int, Sequence[float]], num_seeds: int, target: 
 
 def ratio(one: Capacity, other: Capacity) -> tuple[float, float] | None:
     """How many times the capacity of another, and the paired standard deviation of that."""
-    if one.rate is None or other.rate is None:
+    if one.rate is None or other.rate is None or not other.resampled.all():
         return None
     return one.rate / other.rate, float((one.resampled / other.resampled).std())

@@ -27,7 +27,7 @@ from taper_trtllm.profile import ProfileError
 from taper_trtllm.triton_install import TritonServerError
 
 POLICIES = ("irp-off", "irp-eager", "fixed-cap:2", "taper")
-LOAD = 0.35  # of the reference rate, which knows the engine but not the server around it
+LOAD = 0.7  # of the reference rate
 ARRIVALS_S = 45.0
 _SEED = 0
 

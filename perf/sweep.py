@@ -25,6 +25,7 @@ from rich.console import Console
 from perf.argument_types import positive, positive_int
 from perf.cell import Experiment, check_policies, run_cell
 from perf.grpc_client import ServerUnavailableError
+from perf.host_time import HostTimeError, add_host_time
 from perf.plots import plot_sweep
 from perf.regime import LENGTH_SCALE, PROMPT_SCALE, Regime, regime_of
 from perf.result import save_json
@@ -36,7 +37,7 @@ from taper_trtllm.profile import ProfileError
 from taper_trtllm.triton_install import TritonServerError
 
 POLICIES = ("irp-off", "irp-eager", "fixed-cap:2", "step-ceiling:1.0", "taper")
-LOADS = (0.3, 0.45, 0.6, 0.8)
+LOADS = (0.4, 0.6, 0.8, 1.0)
 
 
 class SweepError(RuntimeError):
@@ -85,7 +86,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output-dir", type=Path, default=Path("results/sweep"))
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--profile", type=Path, help="latency profile to start from")
-    source.add_argument("--calibrate", action="store_true", help="measure the profile first")
+    source.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure the profile first, alone and in the server",
+    )
     parser.add_argument("--config", type=Path, help="base serving configuration (YAML)")
     parser.add_argument("--dataset-path", type=Path, default=DEFAULT_TRACE, help="trace (CSV)")
     parser.add_argument("--length-scale", type=positive, default=LENGTH_SCALE, help="%(default)s")
@@ -113,7 +118,7 @@ def prepare(arguments: argparse.Namespace) -> Experiment:
     base = load_config(arguments.config) if arguments.config else ServingConfig()
     if not record.exists():
         output.mkdir(parents=True, exist_ok=True)
-        _provide_profile(arguments, profile)
+        _provide_profile(arguments, base, profile)
         regime = regime_of(
             profile, base, arguments.dataset_path, arguments.length_scale, arguments.prompt_scale
         )
@@ -138,7 +143,7 @@ def _settings(arguments: argparse.Namespace, base: ServingConfig) -> dict[str, A
     }
 
 
-def _provide_profile(arguments: argparse.Namespace, profile: Path) -> None:
+def _provide_profile(arguments: argparse.Namespace, base: ServingConfig, profile: Path) -> None:
     if arguments.profile is not None:
         if not arguments.profile.is_file():
             raise SweepError(f"--profile: no such file: {arguments.profile}")
@@ -151,6 +156,7 @@ def _provide_profile(arguments: argparse.Namespace, profile: Path) -> None:
         command += ["--config", str(arguments.config)]
     if subprocess.run(command).returncode:
         raise SweepError("the calibration failed")
+    add_host_time(profile, base)
 
 
 def run_sweep(arguments: argparse.Namespace, experiment: Experiment, console: Console) -> Cells:
@@ -198,7 +204,7 @@ def main() -> int:
             console.print(line, highlight=False, soft_wrap=True)
         cells = run_sweep(arguments, experiment, console)
     except (
-        ConfigError, ProfileError, ServerUnavailableError, SweepError, TraceError,
+        ConfigError, HostTimeError, ProfileError, ServerUnavailableError, SweepError, TraceError,
         TritonServerError, WorkloadError,
     ) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -52,6 +52,9 @@ class PrefillPoint(_Model):
         return PrefillLoad(self.num_chunks, self.num_tokens, self.token_context)
 
 
+_Point = TypeVar("_Point", DecodePoint, PrefillPoint)
+
+
 class LatencyProfile(_Model):
     """Measured step times.
 
@@ -88,6 +91,20 @@ class LatencyProfile(_Model):
         above = np.minimum(np.searchsorted(buckets, widths), len(buckets) - 1)
         padded: FloatArray = np.maximum(buckets[above], widths)
         return padded
+
+    def with_host_time(self, host_ms: float) -> LatencyProfile:
+        """The profile of steps that take so much longer; noted in the provenance."""
+
+        def slower(points: tuple[_Point, ...]) -> tuple[_Point, ...]:
+            return tuple(p.model_copy(update={"step_ms": p.step_ms + host_ms}) for p in points)
+
+        return self.model_copy(
+            update={
+                "decode": slower(self.decode),
+                "prefill": slower(self.prefill),
+                "provenance": {**self.provenance, "host_ms": f"{host_ms:.3f}"},
+            }
+        )
 
     def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
         """Refuses a profile of something else.

@@ -1,0 +1,155 @@
+"""What a step takes in the running server beside the engine: ``python -m perf.host_time PROFILE``.
+
+`engine_build calibrate` measures the engine alone. In the server a step also pays for the loop
+around it, for the streams, and for sharing its cores with Triton and the clients. Plain requests
+are served, a fixed number at a time, and the mean of what their decode steps take beyond the
+profile is added to every point of it: objectives and loads derived from the profile are then those
+of the server, and so is virtual time. No request branches, so that no policy has a say.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from perf.bench_serving import BenchConfig, run_benchmark
+from perf.grpc_client import ClientConfig, ServerUnavailableError
+from perf.metrics import SloScore
+from perf.regime import write_config
+from perf.workload import WorkloadConfig, build_workload
+from taper_trtllm.config import ConfigError, ServingConfig, load_config
+from taper_trtllm.profile import LatencyProfile, ProfileError, load_profile
+from taper_trtllm.triton_install import TritonServerError
+from taper_trtllm.triton_server import TritonServer
+
+_POLICY = "taper:uncorrected"  # predicts by the profile alone
+_CONCURRENCY = 8  # half of the slots of the default configuration
+_NUM_PROMPTS = 120
+_INPUT_LEN, _OUTPUT_LEN = 64, 128
+_NUM_WARMUPS = 8
+_TRIMMED = 0.02  # share of steps left out at either end
+_LEAST_STEPS = 100
+
+
+class HostTimeError(RuntimeError):
+    """The host time cannot be measured, with the reason."""
+
+
+def measure_host_ms(profile: Path, base: ServingConfig) -> float:
+    """Serves plain requests and reads the host time off the step log.
+
+    Args:
+        profile: Latency profile without host time.
+        base: Configuration of the engine and the scheduler.
+
+    Returns:
+        Milliseconds per step, at least 0.
+
+    Raises:
+        HostTimeError: Too few steps decoded without prefill.
+        TritonServerError: The server does not start.
+        ServerUnavailableError: It cannot be benchmarked.
+    """
+    with tempfile.TemporaryDirectory(prefix="taper_host_time_") as directory:
+        step_log, config_path = Path(directory) / "steps.jsonl", Path(directory) / "serving.yaml"
+        scheduler = base.scheduler.model_copy(update={"policy": _POLICY})
+        config = base.model_copy(
+            update={"scheduler": scheduler, "profile": profile.resolve(), "step_log": step_log}
+        )
+        write_config(config, config_path)
+        with TritonServer(config_path) as server:
+            asyncio.run(
+                run_benchmark(bench := _bench(server, base), build_workload(bench.workload))
+            )
+        return host_ms(json.loads(line) for line in step_log.read_text().splitlines())
+
+
+def _bench(server: TritonServer, base: ServingConfig) -> BenchConfig:
+    workload = WorkloadConfig(
+        dataset_name="random",
+        num_prompts=_NUM_PROMPTS,
+        input_len=_INPUT_LEN,
+        output_len=_OUTPUT_LEN,
+        vocab_size=base.engine.random_model.vocab_size,
+        limits=base.limits,
+    )
+    return BenchConfig(
+        client=ClientConfig(url=server.grpc_url, max_concurrency=_CONCURRENCY),
+        workload=workload,
+        score=SloScore(),
+        metrics_url=server.metrics_url,
+        num_warmups=_NUM_WARMUPS,
+        show_progress=False,
+    )
+
+
+def host_ms(steps: Iterable[dict[str, Any]]) -> float:
+    """Mean of what decode steps take beyond their prediction, without the extremes.
+
+    Args:
+        steps: Step records (`step_trace.record_json`) predicted by the profile alone.
+
+    Raises:
+        HostTimeError: Too few of them decoded without prefill.
+    """
+    gaps = sorted(
+        step["step_ms"] - step["predicted_step_ms"]
+        for step in steps
+        if step["predicted_step_ms"] is not None and not step["num_prefill_tokens"]
+    )
+    if len(gaps) < _LEAST_STEPS:
+        raise HostTimeError(f"only {len(gaps)} steps without prefill; {_LEAST_STEPS} are needed")
+    cut = int(_TRIMMED * len(gaps))
+    return max(0.0, float(np.mean(gaps[cut : len(gaps) - cut])))
+
+
+def add_host_time(path: Path, base: ServingConfig) -> LatencyProfile:
+    """Measures the host time of a profile's engine and writes it into the profile file.
+
+    Raises:
+        ProfileError: The profile cannot be read, or has its host time already.
+        HostTimeError, TritonServerError, ServerUnavailableError: See `measure_host_ms`.
+    """
+    profile = load_profile(path)
+    if "host_ms" in profile.provenance:
+        raise ProfileError(f"{path} has its host time already; calibrate the engine again first")
+    completed = profile.with_host_time(measure_host_ms(path, base))
+    completed.save(path)
+    return completed
+
+
+def main() -> int:
+    """Runs the command line; the exit status is 1 if nothing could be measured."""
+    parser = argparse.ArgumentParser(
+        prog="python -m perf.host_time",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("profile", type=Path, help="latency profile, changed in place")
+    parser.add_argument("--config", type=Path, help="serving configuration (YAML)")
+    arguments = parser.parse_args()
+    console = Console()
+    try:
+        base = load_config(arguments.config) if arguments.config else ServingConfig()
+        with console.status("measuring the host time of a step in the running server"):
+            profile = add_host_time(arguments.profile, base)
+    except (
+        ConfigError, HostTimeError, ProfileError, ServerUnavailableError, TritonServerError,
+    ) as error:  # fmt: skip
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    console.print(f"host time: {profile.provenance['host_ms']} ms per step, in {arguments.profile}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
