@@ -54,7 +54,7 @@ class StepLatencyPredictor:
         if mode == "constant":
             self._make_constant(profile.decode)
         self._fitted_intercept_ms[0] = self._fitted_slope_ms[0] = 0.0  # no decode
-        self._correction = StepCorrection(len(knots))
+        self._correction = StepCorrection(len(knots), max_width)
         self._least_intercept_ms = _LEAST_FACTOR * self._fitted_intercept_ms
         self._most_intercept_ms = self._fitted_intercept_ms / _LEAST_FACTOR
         self._unit_ms = float(self._fitted_intercept_ms[1])
@@ -129,9 +129,12 @@ class StepLatencyPredictor:
                 self._fitted_slope_ms[width] * context_tokens,
             ]
         )
-        correction.observe(parts_ms, float(self._correction_position[width]), step_ms)
+        position = float(self._correction_position[width])
+        correction.observe(width, parts_ms, position, step_ms)
         constant, per_width, per_context = correction.coefficients
-        bucket = _between(self._correction_weights, np.exp(correction.bucket_log))
+        bucket = _between(self._correction_weights, correction.bucket_log)
+        bucket += correction.width_log
+        np.exp(bucket, out=bucket)
         intercept_ms = bucket * (per_width * self._fitted_intercept_ms + constant * self._unit_ms)
         np.maximum(intercept_ms, self._least_intercept_ms, out=intercept_ms)
         self._intercept_ms = np.minimum(intercept_ms, self._most_intercept_ms, out=intercept_ms)
