@@ -14,7 +14,8 @@ of one kind do not determine them. One factor for all would scale the externalit
 constant overhead.
 
 A width is seen seldom, so d_w is a scalar Kalman filter: it believes the first steps of a quiet
-device, and needs many of a noisy one.
+device, and needs many of a noisy one. It moves as far as the last two steps of the width agree (to
+the median of both and where it is), so that one slow step does not move it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class StepCorrection:
         self.bucket_log = np.zeros(num_buckets)
         self.width_log = np.zeros(max_width + 1)
         self._width_variance = [_WIDTH_VARIANCE] * (max_width + 1)
+        self._width_seen = [0.0] * (max_width + 1)  # d_w as its last step alone would have it
         self._noise_variance = _FIRST_NOISE_VARIANCE
         self._information = _PRIOR_STEPS * np.eye(3)
         self._moment = self._information @ _PROFILE
@@ -98,9 +100,12 @@ class StepCorrection:
         self._noise_variance += _NOISE_GAIN * (residual**2 - self._noise_variance)
         variance = self._width_variance[width] + _WIDTH_DRIFT
         gain = variance / (variance + self._noise_variance)
-        moved = self.width_log[width] + gain * residual
-        self.width_log[width] = min(max(moved, -_MAX_LOG), _MAX_LOG)
         self._width_variance[width] = (1.0 - gain) * variance
+        log = float(self.width_log[width])
+        before, seen = self._width_seen[width], log + residual
+        self._width_seen[width] = seen
+        agreed = min(max(log, min(before, seen)), max(before, seen))
+        self.width_log[width] = min(max(log + gain * (agreed - log), -_MAX_LOG), _MAX_LOG)
 
     def _fit(self, row: FloatArray, target: float) -> None:
         """One step of regularised recursive least squares, in shares of the predicted step."""

@@ -7,11 +7,8 @@ import pytest
 from perf.predictor_error import DISTURBANCES, PROFILES, predictor_error
 from taper_trtllm.profile import load_profile
 
-# Tiles that begin elsewhere than the profile says are learned by whole buckets, hence not in full.
-LEARNED = [name for name in DISTURBANCES if "tiles" not in name]
 
-
-@pytest.mark.parametrize("name", LEARNED)
+@pytest.mark.parametrize("name", DISTURBANCES)
 @pytest.mark.parametrize("profile", ["h200_fp8_tp1", "h200_bf16_tp2"])
 def test_errors_on_unseen_batches_stay_small_whatever_the_device_does(profile, name):
     error = predictor_error(load_profile(PROFILES / f"{profile}.json"), DISTURBANCES[name])
