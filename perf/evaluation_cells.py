@@ -30,9 +30,10 @@ _NOISE = Disturbance(noise=0.02)
 # differ from it in what their name says.
 LEVERS: dict[str, dict[str, Any]] = {
     "shipped": {},
-    "bare": {"prefill_chunking": "full", "late_requests": "fcfs", "kv_reserve_fraction": 1.0},
+    "bare": {"late_requests": "fcfs", "request_admission": "slots"},
     "slack-chunks": {"prefill_chunking": "slack"},
     "fcfs": {"late_requests": "fcfs"},
+    "slots": {"request_admission": "slots"},
     "reserve-0.6": {"kv_reserve_fraction": 0.6},
 }
 

@@ -71,8 +71,11 @@ class SchedulerConfig(_Model):
         prefill_chunking: ``full`` always uses the chunk budget. ``slack`` cuts chunks to what the
             smallest slack leaves, joins and prompts at the pace that they need (`prefill_gate.py`):
             for engines where small chunks cost no more per token than large ones.
-        late_requests: ``defer`` starts waiting requests that missed their TTFT objective after all
-            others; ``fcfs`` keeps the order of arrival.
+        late_requests: ``defer`` starts waiting requests that will miss their TTFT objective after
+            all others; ``fcfs`` keeps the order of arrival.
+        request_admission: ``tpot`` starts a waiting request only while steps of one sequence per
+            request, with the prefill that comes with them, keep the TPOT objectives of those that
+            can still meet theirs; ``slots`` as long as slots and memory last.
         rho: Share of the slack above T0 that a step may spend. Steps settle at tau whatever it is;
             below 1, requests keep a lead for slow steps that nobody foresaw.
         kappa: Step budget limit, in smallest tau.
@@ -90,6 +93,7 @@ class SchedulerConfig(_Model):
     max_prefill_tokens: _PositiveInt = 128
     prefill_chunking: Literal["slack", "full"] = "full"
     late_requests: Literal["defer", "fcfs"] = "defer"
+    request_admission: Literal["tpot", "slots"] = "tpot"
     rho: Annotated[float, Field(gt=0, le=1)] = 0.5
     kappa: Annotated[float, Field(ge=1)] = 1.0
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -41,6 +41,8 @@ from taper_trtllm.waiting_queue import WaitingQueue
 
 logger = logging.getLogger(__name__)
 
+_PREFILL_MEMORY_STEPS = 50  # over which the time for prefill is averaged
+
 
 class RequestHandle:
     """The outputs of one request, as an iterator that ends with the last one."""
@@ -121,6 +123,7 @@ class TaperExecutor:
         self._running: list[LiveRequest] = []  # oldest first
         self._families = itertools.count()
         self._previous_completion_s: float | None = None
+        self._mean_prefill_ms = 0.0
         self._observers: list[Callable[[StepRecord], None]] = []
         self._step_log: StepLog | None = None
         self.records: deque[StepRecord] = deque(maxlen=scheduler.max_step_records)
@@ -338,16 +341,37 @@ class TaperExecutor:
             request = self._waiting.peek(now_s)
             if request is None or request.num_reserved_blocks > unreserved:
                 return
+            if not self._has_time_for(request, now_s):
+                return
             unreserved -= request.num_reserved_blocks
             request.start(self._sequences)
-            self._waiting.remove(request)  # after the engine: it is always in one of the lists
+            self._waiting.start(request, now_s)  # after the engine: it is always in one list
             self._running.append(request)
             self._running.sort(key=lambda r: r.family)
             with self._lock:
                 self._gate.start(request.request.request_id)
 
+    def _has_time_for(self, request: LiveRequest, now_s: float) -> bool:
+        """Whether one sequence of every request, this one included, still keeps the objectives.
+
+        Without this, requests are started until memory or slots end, and when T0 alone exceeds the
+        TPOT objective all of them miss it. Those that cannot meet theirs anyway do not count.
+        """
+        if self._scheduler.request_admission == "slots" or not self._running:
+            return True
+        requests = [*self._running, request]
+        step_ms = self._mean_prefill_ms + self._predictor.predict_step_ms(
+            len(requests), sum(r.num_context_tokens for r in requests)
+        )
+        return all(
+            step_ms <= (1 - self._scheduler.margin) * r.tracker.slo.tpot_ms
+            for r in requests
+            if r.is_savable(now_s, self._planner.baseline_ms)
+        )
+
     def _requeue(self, request: LiveRequest) -> None:
         """Suspends a request; it comes back when its whole footprint can be reserved."""
+        self._waiting.forget(request)
         self._waiting.put_back(request)  # before the engine: it is in one of the lists
         request.suspend(self._sequences)
         request.num_reserved_blocks = self._footprint_blocks(request.request)
@@ -366,14 +390,24 @@ class TaperExecutor:
             self._predictor.observe(
                 len(result.decoded), planned.num_context_tokens, planned.prefill, step_ms
             )
+            self._note_prefill(len(result.decoded), planned.num_context_tokens, step_ms)
         owners = {request.family: request for request in self._running}
         failures = self._failures(owners, result)
-        self._deliver(self._advance(owners, planned, result), failures)
+        outputs = self._advance(owners, planned, result)
+        self._waiting.observe()
+        self._deliver(outputs, failures)
         record = self._record(planned, result, started_s, planned_s, step_ms)
         self.records.append(record)
         for observer in self._observers:
             observer(record)
         return record
+
+    def _note_prefill(self, width: int, num_context_tokens: int, step_ms: float) -> None:
+        """Follows what prefill adds to a decode step in the mean, steps without any included."""
+        if width:
+            decode_ms = self._predictor.predict_step_ms(width, num_context_tokens)
+            prefill_ms = max(0.0, step_ms - decode_ms)
+            self._mean_prefill_ms += (prefill_ms - self._mean_prefill_ms) / _PREFILL_MEMORY_STEPS
 
     def _failures(
         self, owners: dict[int, LiveRequest], result: StepResult
@@ -418,6 +452,7 @@ class TaperExecutor:
         request.release(self._sequences)
         if request in self._running:
             self._running.remove(request)
+            self._waiting.forget(request)
         else:
             self._waiting.remove(request)
         self._answer(request, reason, branches, error)

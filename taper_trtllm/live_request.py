@@ -297,6 +297,11 @@ class LiveRequest:
 
     # ------------------------------------------------------------------------- accounting
 
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens of its longest branch, about: prompt and decoded."""
+        return len(self.request.input_ids) + self.state.root.num_critical
+
     def is_savable(self, now_s: float, baseline_ms: float) -> bool:
         """Whether its objective can still be met with steps of T0 and branches all abreast."""
         num_tokens = self.state.num_remaining_tokens

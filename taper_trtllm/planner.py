@@ -92,6 +92,9 @@ class StepPlanner:
         predictor: Says what a prefill token costs.
         scheduler: Limits of a step.
         suspend: Called with a request whose KV must be given up; requeues it.
+
+    Attributes:
+        baseline_ms: Predicted T0 of the last step without prefill.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class StepPlanner:
         self._suspend = suspend
         self._num_steps_with_extras = 0
         self._num_preempted = 0
-        self._baseline_ms = 0.0
+        self.baseline_ms = 0.0
 
     def budget(self, requests: Sequence[LiveRequest]) -> KvBudget:
         """KV blocks that are left beside the running requests."""
@@ -151,7 +154,7 @@ class StepPlanner:
         rows = np.concatenate([_NO_ROWS, *(request.ready_rows for request in requests)])
         columns = sequences.rows(rows)
         slack_s = [request.tracker.slack_s(now_s) for request in requests]
-        savable = [request.is_savable(now_s, self._baseline_ms) for request in requests]
+        savable = [request.is_savable(now_s, self.baseline_ms) for request in requests]
         batch = BatchState(
             first_leaf=counts.cumsum() - counts,
             request_index=np.arange(len(counts)).repeat(counts),
@@ -325,7 +328,7 @@ class StepPlanner:
         is_probe = self._probe_is_due()
         decision = self._policy.admit(batch, extras_allowed=not is_probe)
         if not prefill.num_tokens:  # a chunk's own time says nothing about the steps to come
-            self._baseline_ms = decision.baseline_ms
+            self.baseline_ms = decision.baseline_ms
         is_probe = is_probe and batch.num_leaves > batch.num_requests
         if len(decision.extras) or is_probe:
             self._num_steps_with_extras += 1

@@ -98,7 +98,7 @@ class SlackTracker:
         """
         first_s = self.first_token_s
         if first_s is None:
-            return True
+            return now_s - self._arrival_s <= self._ttft_slo_s and step_s <= self._tau_s
         if first_s - self._arrival_s > self._ttft_slo_s:
             return False
         all_tokens = self.num_tokens + num_remaining_tokens - 1

@@ -11,13 +11,41 @@ from taper_trtllm.live_request import LiveRequest
 
 LateRequests = Literal["defer", "fcfs"]
 
+_MEAN_GAIN, _DEVIATION_GAIN = 1 / 8, 1 / 4  # RFC 6298
+_DEVIATIONS = 2.0
+
+
+class FirstTokenDelay:
+    """How long a started request takes to its first token, learned from those before it.
+
+    Mean and deviation as TCP keeps them for its retransmission timeout (RFC 6298).
+    """
+
+    def __init__(self) -> None:
+        self._mean_ms: float | None = None
+        self._deviation_ms = 0.0
+
+    @property
+    def expected_ms(self) -> float:
+        """Long enough for nearly all; 0 before the first observation."""
+        return (self._mean_ms or 0.0) + _DEVIATIONS * self._deviation_ms
+
+    def observe(self, delay_ms: float) -> None:
+        """One more request had its first token."""
+        if self._mean_ms is None:
+            self._mean_ms = delay_ms
+        error_ms = delay_ms - self._mean_ms
+        self._mean_ms += _MEAN_GAIN * error_ms
+        self._deviation_ms += _DEVIATION_GAIN * (abs(error_ms) - self._deviation_ms)
+
 
 class WaitingQueue:
-    """First come, first served; with ``defer``, those that missed their TTFT objective come last.
+    """First come, first served; with ``defer``, who will miss the TTFT objective comes last.
 
-    Serving a request that has missed already helps no objective, and may cost the next ones theirs.
-    It is never dropped: it starts when nobody who can still be in time waits. A request that had
-    begun to answer and was suspended comes back first.
+    Serving a request that will miss helps no objective, and costs the next ones theirs: without
+    this, a queue under overload settles where everyone starts at the edge of the objective, and all
+    miss it. Nobody is dropped: who is late starts when nobody who can still be in time waits. A
+    request that had begun to answer and was suspended comes back first.
 
     Args:
         late_requests: ``defer`` or ``fcfs``.
@@ -27,6 +55,8 @@ class WaitingQueue:
         self._defers = late_requests == "defer"
         self._queue: deque[LiveRequest] = deque()
         self._late: deque[LiveRequest] = deque()
+        self._delay = FirstTokenDelay()
+        self._starting: dict[LiveRequest, float] = {}  # started at, and no token yet
 
     def __len__(self) -> int:
         return len(self._queue) + len(self._late)
@@ -44,9 +74,26 @@ class WaitingQueue:
 
     def peek(self, now_s: float) -> LiveRequest | None:
         """Who is next; stays in the queue."""
-        while self._defers and self._queue and _is_late(self._queue[0], now_s):
+        while self._defers and self._queue and self._is_late(self._queue[0], now_s):
             self._late.append(self._queue.popleft())
         return next(iter(self), None)
+
+    def start(self, request: LiveRequest, now_s: float) -> None:
+        """Takes a request out that begins to run; its first token is learned from.
+
+        Raises:
+            ValueError: It does not wait.
+        """
+        self.remove(request)
+        if not request.has_started_decoding:
+            self._starting[request] = now_s
+
+    def observe(self) -> None:
+        """Learns from the started requests that have had their first token."""
+        for request in [r for r in self._starting if r.has_started_decoding]:
+            started_s, first_token_s = self._starting.pop(request), request.tracker.first_token_s
+            assert first_token_s is not None
+            self._delay.observe((first_token_s - started_s) * 1e3)
 
     def remove(self, request: LiveRequest) -> None:
         """Takes a request out.
@@ -56,11 +103,17 @@ class WaitingQueue:
         """
         (self._queue if request in self._queue else self._late).remove(request)
 
+    def forget(self, request: LiveRequest) -> None:
+        """A request that was started has ended, or is suspended."""
+        self._starting.pop(request, None)
+
     def clear(self) -> None:
         """Takes all out."""
         self._queue.clear()
         self._late.clear()
+        self._starting.clear()
 
-
-def _is_late(request: LiveRequest, now_s: float) -> bool:
-    return not request.has_started_decoding and request.tracker.ttft_left_ms(now_s) < 0
+    def _is_late(self, request: LiveRequest, now_s: float) -> bool:
+        """It will have missed its TTFT objective by its first token."""
+        left_ms = request.tracker.ttft_left_ms(now_s)
+        return not request.has_started_decoding and left_ms < self._delay.expected_ms

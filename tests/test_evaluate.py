@@ -167,6 +167,7 @@ def test_every_cell_is_a_study(cell, levers):
     found = study_of(CELLS[cell], "taper", levers, 10.0, 20.0)
     scheduler = found.policies["taper"]
     assert (scheduler.prefill_chunking == "slack") == (levers == "slack-chunks")
+    assert (scheduler.request_admission == "slots") == (levers in ("bare", "slots"))
     assert (scheduler.late_requests == "fcfs") == (levers in ("bare", "fcfs"))
     assert scheduler.max_num_requests == (64 if cell == "C" else 512)
 
