@@ -1,0 +1,129 @@
+"""Who waits, and for what: starting requests under overload."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from toy_engine import ToyEngine, toy_profile
+
+from taper_trtllm.config import SchedulerConfig
+from taper_trtllm.executor import TaperExecutor
+from taper_trtllm.live_request import LiveRequest
+from taper_trtllm.request import ForkJoinRequest, RequestLimits, SloTarget
+from taper_trtllm.slo import SlackTracker
+from taper_trtllm.waiting_queue import FirstTokenDelay, WaitingQueue
+
+
+def make_executor(engine: ToyEngine, slo: SloTarget, **scheduler) -> TaperExecutor:
+    defaults = {"max_num_requests": 60, "max_batch_size": 64, "max_prefill_tokens": 64}
+    config = SchedulerConfig(**{**defaults, **scheduler})
+    return TaperExecutor(engine, toy_profile(), config, RequestLimits(), slo)
+
+
+def plain(
+    request_id: str, max_tokens: int = 8, prompt: int = 5, slo: SloTarget | None = None
+) -> ForkJoinRequest:
+    return ForkJoinRequest(
+        request_id=request_id, input_ids=(1,) * prompt, max_tokens=max_tokens, slo=slo
+    )
+
+
+def live(name: str, arrival_s: float, ttft_ms: float) -> LiveRequest:
+    tracker = SlackTracker(SloTarget(ttft_ms=ttft_ms, tpot_ms=50), arrival_s, 0.1)
+    return LiveRequest(plain(name), 0, 1, tracker, lambda output: None, arrival_s)
+
+
+def attainment(request_admission: str, num_requests: int = 80) -> float:
+    """Plain requests that arrive half as fast again as they can be served in time."""
+    engine = ToyEngine(num_kv_blocks=4096)
+    slo = SloTarget(ttft_ms=1000, tpot_ms=8)  # T(12) is 7 ms
+    executor = make_executor(engine, slo, request_admission=request_admission)
+    met = []
+    for i in range(num_requests):
+        while engine.now_s() < 0.025 * i:
+            if executor.run_once() is None:
+                engine.clock_s = 0.025 * i
+        executor.submit(
+            plain(f"request-{i}", max_tokens=60),
+            lambda output: met.append(output.metrics.slo_met) if output.finished else None,
+        )
+    while executor.num_open_requests:
+        executor.run_once()
+    assert len(met) == num_requests
+    return float(np.mean(met))
+
+
+def test_under_overload_requests_wait_so_that_those_that_run_keep_their_objective():
+    served_in_time = {lever: attainment(lever) for lever in ("slots", "tpot")}
+    assert served_in_time["tpot"] > max(0.4, 2 * served_in_time["slots"])
+
+
+def test_an_objective_that_cannot_be_met_holds_nobody_up():
+    engine = ToyEngine()
+    executor = make_executor(engine, SloTarget(ttft_ms=1e6, tpot_ms=50))
+    impossible = SloTarget(ttft_ms=1e6, tpot_ms=1e-3)
+    executor.submit(plain("impossible", max_tokens=50, slo=impossible))
+    for _ in range(5):
+        executor.run_once()
+    for request in (plain("possible"), plain("impossible too", slo=impossible), plain("last")):
+        executor.submit(request)
+    executor.run_once()
+    assert all(executor.is_running(i) for i in ("possible", "impossible too", "last"))
+
+
+def test_who_arrives_at_an_idle_server_starts_whatever_was_learned_before():
+    engine = ToyEngine()
+    executor = make_executor(engine, SloTarget(ttft_ms=1e6, tpot_ms=4))
+    executor.submit(plain("beside", max_tokens=50))
+    for _ in range(10):
+        executor.submit(plain(f"long {_}", prompt=200, max_tokens=1))
+    while executor.num_open_requests:
+        executor.run_once()
+    executor.submit(plain("alone"))
+    executor.run_once()
+    assert executor.is_running("alone")
+
+
+def test_the_delay_to_the_first_token_is_learned_with_its_spread():
+    delay = FirstTokenDelay()
+    assert delay.expected_ms == 0
+    delay.observe(60)
+    assert delay.expected_ms == 60
+    for _ in range(200):
+        delay.observe(80)
+    assert delay.expected_ms == pytest.approx(80, rel=1e-3)
+    for i in range(400):
+        delay.observe(60 if i % 2 else 100)
+    assert 95 < delay.expected_ms < 140
+
+
+def test_a_request_is_late_once_its_first_token_would_be():
+    queue = WaitingQueue("defer")
+    first = live("first", arrival_s=0.0, ttft_ms=100)
+    queue.append(first)
+    assert queue.peek(0.0) is first
+    queue.start(first, 0.0)
+    first.tracker.record_tokens(0.06, 1, serial=True)
+    queue.observe()
+    tight, easy = live("tight", 1.0, ttft_ms=100), live("easy", 1.0, ttft_ms=1000)
+    queue.append(tight)
+    queue.append(easy)
+    assert queue.peek(1.03) is tight  # 70 ms are left
+    assert queue.peek(1.05) is easy  # 50 ms are not enough
+    queue.remove(easy)
+    assert queue.peek(1.05) is tight  # late, but nobody else waits
+
+
+def test_a_request_that_ends_before_its_first_token_teaches_nothing():
+    queue = WaitingQueue("defer")
+    cancelled = live("cancelled", arrival_s=0.0, ttft_ms=100)
+    queue.append(cancelled)
+    queue.start(cancelled, 0.0)
+    queue.forget(cancelled)
+    cancelled.tracker.record_tokens(9.0, 1, serial=True)
+    queue.observe()
+    late = live("late", 10.0, ttft_ms=100)
+    queue.append(late)
+    other = live("other", 10.0, ttft_ms=100)
+    queue.append(other)
+    assert queue.peek(10.05) is late
