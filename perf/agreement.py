@@ -1,9 +1,9 @@
 """Does the simulation predict the live server? ``python -m perf.agreement SWEEP_DIR``.
 
 Every cell of a finished live sweep is run again in virtual time: the same profile, regime, requests
-and arrivals. What a profile does not contain, the host's time per step, is taken from the irp-off
-cells alone; the other policies are then predictions. The bar is the spread of the live repetitions
-or 15 %, whichever is larger.
+and arrivals. Host time per step that the profile does not contain (`perf.host_time`) is taken from
+the irp-off cells alone; the other policies are then predictions. The bar is the spread of the live
+repetitions or 15 %, whichever is larger.
 """
 
 from __future__ import annotations

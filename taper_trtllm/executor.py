@@ -355,18 +355,20 @@ class TaperExecutor:
         """Whether one sequence of every request, this one included, still keeps the objectives.
 
         Without this, requests are started until memory or slots end, and when T0 alone exceeds the
-        TPOT objective all of them miss it. Those that cannot meet theirs anyway do not count.
+        TPOT objective all of them miss it. Those that cannot meet theirs anyway do not count, and
+        an objective that is tighter than the server's own holds nobody else up.
         """
-        if self._scheduler.request_admission == "slots" or not self._running:
+        is_bound = self._scheduler.request_admission == "tpot" and not request.has_started_decoding
+        if not is_bound or not self._running:
             return True
         requests = [*self._running, request]
         step_ms = self._mean_prefill_ms + self._predictor.predict_step_ms(
             len(requests), sum(r.num_context_tokens for r in requests)
         )
-        return all(
-            step_ms <= (1 - self._scheduler.margin) * r.tracker.slo.tpot_ms
+        return not any(
+            step_ms > (1 - self._scheduler.margin) * max(r.tracker.slo.tpot_ms, self._slo.tpot_ms)
+            and r.is_savable(now_s, self._planner.baseline_ms)
             for r in requests
-            if r.is_savable(now_s, self._planner.baseline_ms)
         )
 
     def _requeue(self, request: LiveRequest) -> None:
@@ -390,7 +392,7 @@ class TaperExecutor:
             self._predictor.observe(
                 len(result.decoded), planned.num_context_tokens, planned.prefill, step_ms
             )
-            self._note_prefill(len(result.decoded), planned.num_context_tokens, step_ms)
+            self._note_prefill(planned, step_ms)
         owners = {request.family: request for request in self._running}
         failures = self._failures(owners, result)
         outputs = self._advance(owners, planned, result)
@@ -402,11 +404,14 @@ class TaperExecutor:
             observer(record)
         return record
 
-    def _note_prefill(self, width: int, num_context_tokens: int, step_ms: float) -> None:
+    def _note_prefill(self, planned: PlannedStep, step_ms: float) -> None:
         """Follows what prefill adds to a decode step in the mean, steps without any included."""
+        width = len(planned.plan.decode)
         if width:
-            decode_ms = self._predictor.predict_step_ms(width, num_context_tokens)
-            prefill_ms = max(0.0, step_ms - decode_ms)
+            prefill_ms = 0.0
+            if planned.prefill.num_tokens:
+                decode_ms = self._predictor.predict_step_ms(width, planned.num_context_tokens)
+                prefill_ms = max(0.0, step_ms - decode_ms)
             self._mean_prefill_ms += (prefill_ms - self._mean_prefill_ms) / _PREFILL_MEMORY_STEPS
 
     def _failures(

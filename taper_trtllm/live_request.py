@@ -299,8 +299,8 @@ class LiveRequest:
 
     @property
     def num_context_tokens(self) -> int:
-        """Tokens of its longest branch, about: prompt and decoded."""
-        return len(self.request.input_ids) + self.state.root.num_critical
+        """Tokens that one of its sequences reads: the context of the deepest leaf."""
+        return max(leaf.num_context_tokens for leaf in self.state.leaves)
 
     def is_savable(self, now_s: float, baseline_ms: float) -> bool:
         """Whether its objective can still be met with steps of T0 and branches all abreast."""

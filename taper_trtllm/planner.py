@@ -94,7 +94,7 @@ class StepPlanner:
         suspend: Called with a request whose KV must be given up; requeues it.
 
     Attributes:
-        baseline_ms: Predicted T0 of the last step without prefill.
+        baseline_ms: Predicted T0 of the last step with decode, without its prefill.
     """
 
     def __init__(
@@ -327,8 +327,10 @@ class StepPlanner:
         )
         is_probe = self._probe_is_due()
         decision = self._policy.admit(batch, extras_allowed=not is_probe)
-        if not prefill.num_tokens:  # a chunk's own time says nothing about the steps to come
-            self.baseline_ms = decision.baseline_ms
+        # A chunk's own time says nothing about the steps to come.
+        self.baseline_ms = self._predictor.predict_step_ms(
+            len(ready.baseline), int(batch.context_tokens[ready.baseline].sum())
+        )
         is_probe = is_probe and batch.num_leaves > batch.num_requests
         if len(decision.extras) or is_probe:
             self._num_steps_with_extras += 1

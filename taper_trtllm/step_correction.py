@@ -13,8 +13,8 @@ clipped, and a weak pull towards the profile (0, 1, 1) keeps the coefficients in
 of one kind do not determine them. One factor for all would scale the externality along with a
 constant overhead.
 
-A width is seen seldom, so d_w is a scalar Kalman filter: it believes the first steps of a quiet
-device, and needs many of a noisy one. It moves as far as the last two steps of the width agree (to
+A width is seen seldom, so d_w is a scalar Kalman filter: it believes a few steps of a quiet device,
+and needs many of a noisy one. It moves as far as the last two steps of the width agree (to
 the median of both and where it is), so that one slow step does not move it.
 """
 
@@ -62,7 +62,7 @@ class StepCorrection:
         self.bucket_log = np.zeros(num_buckets)
         self.width_log = np.zeros(max_width + 1)
         self._width_variance = [_WIDTH_VARIANCE] * (max_width + 1)
-        self._width_seen = [0.0] * (max_width + 1)  # d_w as its last step alone would have it
+        self._width_seen: dict[int, float] = {}  # d_w as its last step alone would have it
         self._noise_variance = _FIRST_NOISE_VARIANCE
         self._information = _PRIOR_STEPS * np.eye(3)
         self._moment = self._information @ _PROFILE
@@ -98,12 +98,14 @@ class StepCorrection:
     def _fit_width(self, width: int, residual: float) -> None:
         """One step of the Kalman filter of a width; all residuals tell how noisy steps are."""
         self._noise_variance += _NOISE_GAIN * (residual**2 - self._noise_variance)
+        log = float(self.width_log[width])
+        before, seen = self._width_seen.get(width), log + residual
+        self._width_seen[width] = seen
+        if before is None:
+            return
         variance = self._width_variance[width] + _WIDTH_DRIFT
         gain = variance / (variance + self._noise_variance)
         self._width_variance[width] = (1.0 - gain) * variance
-        log = float(self.width_log[width])
-        before, seen = self._width_seen[width], log + residual
-        self._width_seen[width] = seen
         agreed = min(max(log, min(before, seen)), max(before, seen))
         self.width_log[width] = min(max(log + gain * (agreed - log), -_MAX_LOG), _MAX_LOG)
 

@@ -13,6 +13,8 @@ LateRequests = Literal["defer", "fcfs"]
 
 _MEAN_GAIN, _DEVIATION_GAIN = 1 / 8, 1 / 4  # RFC 6298
 _DEVIATIONS = 2.0
+_MOST_OF_TTFT = 0.5  # of the objective that the expected delay may take: nobody arrives late
+_STARTS_PER_LATE = 16  # one start in so many goes to a late request, if any waits
 
 
 class FirstTokenDelay:
@@ -44,8 +46,9 @@ class WaitingQueue:
 
     Serving a request that will miss helps no objective, and costs the next ones theirs: without
     this, a queue under overload settles where everyone starts at the edge of the objective, and all
-    miss it. Nobody is dropped: who is late starts when nobody who can still be in time waits. A
-    request that had begun to answer and was suspended comes back first.
+    miss it. Nobody is dropped: who is late starts when nobody who can still be in time waits, and
+    one start in sixteen is theirs in any case. A request that had begun to answer and was suspended
+    comes back first.
 
     Args:
         late_requests: ``defer`` or ``fcfs``.
@@ -57,6 +60,7 @@ class WaitingQueue:
         self._late: deque[LiveRequest] = deque()
         self._delay = FirstTokenDelay()
         self._starting: dict[LiveRequest, float] = {}  # started at, and no token yet
+        self._num_starts = 0  # since a late request was started
 
     def __len__(self) -> int:
         return len(self._queue) + len(self._late)
@@ -76,6 +80,8 @@ class WaitingQueue:
         """Who is next; stays in the queue."""
         while self._defers and self._queue and self._is_late(self._queue[0], now_s):
             self._late.append(self._queue.popleft())
+        if self._late and self._num_starts >= _STARTS_PER_LATE - 1:
+            return self._late[0]
         return next(iter(self), None)
 
     def start(self, request: LiveRequest, now_s: float) -> None:
@@ -84,6 +90,7 @@ class WaitingQueue:
         Raises:
             ValueError: It does not wait.
         """
+        self._num_starts = 0 if request in self._late else self._num_starts + 1
         self.remove(request)
         if not request.has_started_decoding:
             self._starting[request] = now_s
@@ -115,5 +122,6 @@ class WaitingQueue:
 
     def _is_late(self, request: LiveRequest, now_s: float) -> bool:
         """It will have missed its TTFT objective by its first token."""
-        left_ms = request.tracker.ttft_left_ms(now_s)
-        return not request.has_started_decoding and left_ms < self._delay.expected_ms
+        tracker = request.tracker
+        delay_ms = min(self._delay.expected_ms, _MOST_OF_TTFT * tracker.slo.ttft_ms)
+        return not request.has_started_decoding and tracker.ttft_left_ms(now_s) < delay_ms

@@ -9,7 +9,13 @@ from toy_engine import ToyEngine, toy_profile
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.live_request import LiveRequest
-from taper_trtllm.request import ForkJoinRequest, RequestLimits, SloTarget
+from taper_trtllm.request import (
+    Branch,
+    ForkJoinRequest,
+    ParallelStage,
+    RequestLimits,
+    SloTarget,
+)
 from taper_trtllm.slo import SlackTracker
 from taper_trtllm.waiting_queue import FirstTokenDelay, WaitingQueue
 
@@ -58,17 +64,21 @@ def test_under_overload_requests_wait_so_that_those_that_run_keep_their_objectiv
     assert served_in_time["tpot"] > max(0.4, 2 * served_in_time["slots"])
 
 
-def test_an_objective_that_cannot_be_met_holds_nobody_up():
-    engine = ToyEngine()
+@pytest.mark.parametrize("tpot_ms", [1e-3, 1.0, 3.75, 4.5])  # a step alone takes 3.3 ms
+@pytest.mark.parametrize("num_branches", [0, 32])
+def test_an_objective_tighter_than_the_servers_holds_nobody_up(tpot_ms, num_branches):
+    engine = ToyEngine(num_kv_blocks=2048)
     executor = make_executor(engine, SloTarget(ttft_ms=1e6, tpot_ms=50))
-    impossible = SloTarget(ttft_ms=1e6, tpot_ms=1e-3)
-    executor.submit(plain("impossible", max_tokens=50, slo=impossible))
+    tight = SloTarget(ttft_ms=1e6, tpot_ms=tpot_ms)
+    branches = tuple(Branch(header_ids=(i,), max_tokens=50) for i in range(num_branches))
+    program = {"stages": (ParallelStage(branches=branches),)} if branches else {"max_tokens": 50}
+    executor.submit(ForkJoinRequest(request_id="tight", input_ids=(1, 2), slo=tight, **program))
     for _ in range(5):
         executor.run_once()
-    for request in (plain("possible"), plain("impossible too", slo=impossible), plain("last")):
+    for request in (plain("other"), plain("tight too", slo=tight), plain("last")):
         executor.submit(request)
     executor.run_once()
-    assert all(executor.is_running(i) for i in ("possible", "impossible too", "last"))
+    assert all(executor.is_running(i) for i in ("other", "tight too", "last"))
 
 
 def test_who_arrives_at_an_idle_server_starts_whatever_was_learned_before():
@@ -112,6 +122,43 @@ def test_a_request_is_late_once_its_first_token_would_be():
     assert queue.peek(1.05) is easy  # 50 ms are not enough
     queue.remove(easy)
     assert queue.peek(1.05) is tight  # late, but nobody else waits
+
+
+def test_a_late_request_starts_in_the_end_however_many_can_still_be_in_time():
+    queue = WaitingQueue("defer")
+    late = live("late", 0.0, ttft_ms=100)
+    queue.append(late)
+    for i in range(16):
+        queue.append(live(f"in time {i}", 1.0, ttft_ms=100))
+        queue.start(started := queue.peek(1.0), 1.0)
+    assert started is late
+
+
+def test_nobody_is_late_on_arrival():
+    queue = WaitingQueue("defer")
+    slow = live("slow", 0.0, ttft_ms=1e6)
+    queue.append(slow)
+    queue.start(slow, 0.0)
+    slow.tracker.record_tokens(5.0, 1, serial=True)
+    queue.observe()
+    first, second = (live(name, 6.0, ttft_ms=100) for name in ("first", "second"))
+    queue.append(first)
+    queue.append(second)
+    assert queue.peek(6.04) is first
+
+
+def test_a_pause_in_pure_decode_does_not_close_the_door():
+    engine = ToyEngine()
+    executor = make_executor(engine, SloTarget(ttft_ms=1e6, tpot_ms=10))
+    for i in range(3):
+        executor.submit(plain(f"running {i}", max_tokens=200))
+    for _ in range(20):
+        executor.run_once()
+    engine.clock_s += 0.9
+    executor.run_once()
+    executor.submit(plain("next"))
+    executor.run_once()
+    assert executor.is_running("next")
 
 
 def test_a_request_that_ends_before_its_first_token_teaches_nothing():
