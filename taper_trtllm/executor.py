@@ -41,7 +41,7 @@ from taper_trtllm.waiting_queue import WaitingQueue
 
 logger = logging.getLogger(__name__)
 
-_PREFILL_MEMORY_STEPS = 50  # over which the time for prefill is averaged
+_SURPLUS_MEMORY_STEPS = 50
 
 
 class RequestHandle:
@@ -123,7 +123,7 @@ class TaperExecutor:
         self._running: list[LiveRequest] = []  # oldest first
         self._families = itertools.count()
         self._previous_completion_s: float | None = None
-        self._mean_prefill_ms = 0.0
+        self._mean_surplus_ms = 0.0
         self._observers: list[Callable[[StepRecord], None]] = []
         self._step_log: StepLog | None = None
         self.records: deque[StepRecord] = deque(maxlen=scheduler.max_step_records)
@@ -362,7 +362,7 @@ class TaperExecutor:
         if not is_bound or not self._running:
             return True
         requests = [*self._running, request]
-        step_ms = self._mean_prefill_ms + self._predictor.predict_step_ms(
+        step_ms = self._mean_surplus_ms + self._predictor.predict_step_ms(
             len(requests), sum(r.num_context_tokens for r in requests)
         )
         return not any(
@@ -392,7 +392,7 @@ class TaperExecutor:
             self._predictor.observe(
                 len(result.decoded), planned.num_context_tokens, planned.prefill, step_ms
             )
-            self._note_prefill(planned, step_ms)
+            self._note_surplus(planned, step_ms)
         owners = {request.family: request for request in self._running}
         failures = self._failures(owners, result)
         outputs = self._advance(owners, planned, result)
@@ -404,15 +404,18 @@ class TaperExecutor:
             observer(record)
         return record
 
-    def _note_prefill(self, planned: PlannedStep, step_ms: float) -> None:
-        """Follows what prefill adds to a decode step in the mean, steps without any included."""
+    def _note_surplus(self, planned: PlannedStep, step_ms: float) -> None:
+        """Follows what steps take beyond decode in the mean: prefill, and what nobody foresaw.
+
+        Without prefill to explain it, a long pause counts for half a step.
+        """
         width = len(planned.plan.decode)
         if width:
-            prefill_ms = 0.0
-            if planned.prefill.num_tokens:
-                decode_ms = self._predictor.predict_step_ms(width, planned.num_context_tokens)
-                prefill_ms = max(0.0, step_ms - decode_ms)
-            self._mean_prefill_ms += (prefill_ms - self._mean_prefill_ms) / _PREFILL_MEMORY_STEPS
+            decode_ms = self._predictor.predict_step_ms(width, planned.num_context_tokens)
+            surplus_ms = max(0.0, step_ms - decode_ms)
+            if not planned.prefill.num_tokens:
+                surplus_ms = min(surplus_ms, 0.5 * decode_ms)
+            self._mean_surplus_ms += (surplus_ms - self._mean_surplus_ms) / _SURPLUS_MEMORY_STEPS
 
     def _failures(
         self, owners: dict[int, LiveRequest], result: StepResult
