@@ -28,11 +28,20 @@ OutputCallback = Callable[[RequestOutput], None]
 
 @dataclass(frozen=True, slots=True)
 class PrefillNeed:
-    """Pending tokens of a sequence that must be computed before its branch can go on."""
+    """Pending tokens of a sequence that must be computed before its branch can go on.
+
+    Attributes:
+        sequence: Whose.
+        num_tokens: Pending.
+        sample: The last of them yields a token.
+        is_prompt: They are what the root was registered with: the prompt, after a suspension with
+            the text so far.
+    """
 
     sequence: LiveSequence
     num_tokens: int
     sample: bool
+    is_prompt: bool
 
 
 class LiveRequest:
@@ -72,6 +81,7 @@ class LiveRequest:
         self.stage_width = 0
         self.protected: LiveSequence | None = None
         self._max_live_leaves = max_live_leaves(request.program)
+        self._num_prompt_tokens = 0
         self._sequences: dict[BranchNode, LiveSequence] = {}
         self._unforked: list[BranchNode] = []  # waiting branches whose children were dropped
         # Accounting for RequestMetrics.
@@ -103,6 +113,7 @@ class LiveRequest:
         """Registers the root; after a suspension with all the text it has."""
         root = self.state.root
         tokens = (*self.request.input_ids, *root.tokens)
+        self._num_prompt_tokens = len(tokens)
         self._sequences[root] = sequences.add(root, self.family, tokens, self._params(root))
         if root.status is BranchStatus.WAITING:
             self._unforked.append(root)
@@ -177,14 +188,15 @@ class LiveRequest:
 
     def _need(self, sequences: SequenceTable, node: BranchNode) -> Iterator[PrefillNeed]:
         sequence = self._sequences[node]
+        num_computed = sequences.num_computed(sequence)
         if node.status is BranchStatus.DECODING:
-            pending = sequences.num_pending(sequence)
-            if pending > 1:
-                yield PrefillNeed(sequence, pending, sample=True)
+            missing, least, sample = sequences.num_pending(sequence), 2, True
         else:
-            missing = node.num_fork_tokens - sequences.num_computed(sequence)
-            if missing > 0:
-                yield PrefillNeed(sequence, missing, sample=False)
+            missing, least, sample = node.num_fork_tokens - num_computed, 1, False
+        if missing >= least:
+            is_root = node is self.state.root
+            is_prompt = is_root and num_computed + missing <= self._num_prompt_tokens
+            yield PrefillNeed(sequence, missing, sample, is_prompt)
 
     # -------------------------------------------------------------------------- giving back
 

@@ -188,7 +188,9 @@ class StepPlanner:
             if not request.ready_paths:
                 need = request.prefill_needs[0]
                 request.protected = need.sequence
-                num_tokens[index] = min(need.num_tokens, self._scheduler.max_prefill_tokens)
+                num_tokens[index] = need.num_tokens
+                if not self._is_remote(need):
+                    num_tokens[index] = min(need.num_tokens, self._scheduler.max_prefill_tokens)
                 blocks[index] = self._blocks_needed(need.sequence, int(num_tokens[index]))
         if not budget.take_all(blocks):
             self._protect_one_by_one(running, num_tokens.tolist(), budget)
@@ -242,15 +244,16 @@ class StepPlanner:
     ) -> tuple[list[PrefillChunk], PrefillLoad]:
         """Chunks in the order: requests that have begun to answer, then prompts, oldest first.
 
-        The budget counts tokens without context; those behind a long one count for more.
+        The budget counts tokens without context; those behind a long one count for more. Prompts
+        that are computed elsewhere come whole and before all: they cost this step nothing.
         """
         budget_left = float(self._scheduler.max_prefill_tokens)
         room = self._scheduler.max_batch_size - len(ready.requests)
-        chunks: list[PrefillChunk] = []
+        local, remote = self._prefill_places(running)
+        chunks = [_whole(running[index].prefill_needs[0]) for index in remote[:room]]
         load = PrefillLoad()
         gate = self._prefill_gate(running, ready, now_s)
-        needy = [index for index, request in enumerate(running) if request.prefill_needs]
-        for index in sorted(needy, key=lambda index: not running[index].has_started_decoding):
+        for index in sorted(local, key=lambda index: not running[index].has_started_decoding):
             request = running[index]
             for need in request.prefill_needs:
                 before = self._sequences.num_computed(need.sequence)
@@ -273,6 +276,20 @@ class StepPlanner:
                 load = load.with_chunk(num_tokens, before)
         return chunks, load
 
+    def _prefill_places(self, running: Sequence[LiveRequest]) -> tuple[list[int], list[int]]:
+        """Indices of the requests whose prefill is due here, and of those whose prompt is not."""
+        local: list[int] = []
+        remote: list[int] = []
+        for index, request in enumerate(running):
+            if request.prefill_needs:
+                is_remote = self._is_remote(request.prefill_needs[0])
+                (remote if is_remote else local).append(index)
+        return local, remote
+
+    def _is_remote(self, need: PrefillNeed) -> bool:
+        """Its tokens are computed on another device."""
+        return need.is_prompt and self._engine.capabilities.disaggregated_prefill
+
     def _prefill_gate(
         self, running: Sequence[LiveRequest], ready: _Ready, now_s: float
     ) -> PrefillGate | None:
@@ -286,7 +303,9 @@ class StepPlanner:
                 request.tracker.slo.ttft_ms,
             )
             for request in running
-            if not request.has_started_decoding and request.prefill_needs
+            if not request.has_started_decoding
+            and request.prefill_needs
+            and not self._is_remote(request.prefill_needs[0])
         ]
         batch = ready.batch
         return PrefillGate(
@@ -362,6 +381,10 @@ class StepPlanner:
     def _probe_is_due(self) -> bool:
         interval = self._scheduler.probe_interval_steps
         return interval is not None and self._num_steps_with_extras % interval == interval - 1
+
+
+def _whole(need: PrefillNeed) -> PrefillChunk:
+    return PrefillChunk(need.sequence.sequence_id, need.num_tokens, need.sample)
 
 
 def _urgency(request: LiveRequest, is_protected: bool) -> Urgency:

@@ -8,6 +8,7 @@ import pytest
 
 import perf
 from taper_trtllm.batch import PrefillLoad
+from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.engines.base import PrefillChunk, SequenceParams, StepPlan
 from taper_trtllm.engines.simulated import (
     Device,
@@ -16,8 +17,17 @@ from taper_trtllm.engines.simulated import (
     SimulatedEngine,
     StepTimes,
 )
+from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.profile import load_profile
-from taper_trtllm.request import SamplingParams
+from taper_trtllm.request import (
+    Branch,
+    ForkJoinRequest,
+    ParallelStage,
+    RequestLimits,
+    SamplingParams,
+    SerialStage,
+    SloTarget,
+)
 
 PROFILE = load_profile(Path(perf.__path__[0]) / "profiles" / "h200_fp8_tp1.json")
 PARAMS = SequenceParams(SamplingParams(ignore_eos=True), seed=0)
@@ -60,3 +70,31 @@ def test_prompts_and_joins_cost_time_where_they_are_computed(disaggregated, free
     assert (header.step_ms == 0) == free_joins
     assert engine.now_s() == pytest.approx((prompt.step_ms + header.step_ms) / 1e3)
     assert engine.num_tokens(2) == 256 + 1 + 200 + 1
+
+
+@pytest.mark.parametrize("disaggregated", [False, True])
+def test_the_executor_knows_where_prompts_are_computed(disaggregated):
+    """A prompt that is computed elsewhere comes whole, and no step is foreseen to pay for it."""
+    config = SimulatedConfig(num_kv_blocks=2000, disaggregated_prefill=disaggregated)
+    executor = TaperExecutor(
+        SimulatedEngine(PROFILE, config),
+        PROFILE,
+        SchedulerConfig(max_prefill_tokens=256, probe_interval_steps=None),
+        RequestLimits(max_prompt_tokens=4000, max_total_tokens=8000),
+        SloTarget(ttft_ms=1e6, tpot_ms=1e4),
+    )
+    branches = tuple(Branch(header_ids=(7,) * 40, max_tokens=10) for _ in range(4))
+    stages = (SerialStage(max_tokens=20), ParallelStage(branches=branches, join_ids=(8,) * 30),
+              SerialStage(max_tokens=20))  # fmt: skip
+    records = []
+    for i in range(3):
+        executor.submit(ForkJoinRequest(request_id=f"r{i}", input_ids=(1,) * 2000, stages=stages))
+        records += [executor.run_once() for _ in range(15)]
+    while (record := executor.run_once()) is not None:
+        records.append(record)
+    assert records[0].num_prefill_tokens == (2000 if disaggregated else 256)
+    foreseen = [r for r in records if r.predicted_step_ms is not None]
+    assert any(r.num_prefill_tokens >= 256 for r in foreseen)
+    assert any(r.num_prefill_tokens == 160 for r in foreseen)  # headers cost time in any case
+    for record in foreseen:
+        assert record.predicted_step_ms == pytest.approx(record.step_ms, rel=0.15)

@@ -45,6 +45,8 @@ class EngineCapabilities:
         resident_when_gated: A sequence left out of a plan keeps its KV and recomputes nothing.
         min_recompute_tokens: Tokens computed again when a gated sequence re-enters.
         width_buckets: Padded decode widths, ascending; None if widths are not padded.
+        disaggregated_prefill: Prompts are computed on other devices: their chunks take no time in a
+            step and need not be cut; those of headers and joins do.
         prefix_sharing_attention: Attention reads a shared prefix once per family, not per branch.
         bitwise_deterministic: Greedy results do not depend on batch membership.
         virtual_time: `StepResult` times come from a virtual clock.
@@ -62,6 +64,7 @@ class EngineCapabilities:
     resident_when_gated: bool
     min_recompute_tokens: int
     width_buckets: tuple[int, ...] | None
+    disaggregated_prefill: bool
     prefix_sharing_attention: bool
     bitwise_deterministic: bool
     virtual_time: bool

@@ -85,6 +85,7 @@ def per_step_capabilities(
     bitwise_deterministic: bool,
     virtual_time: bool,
     width_buckets: tuple[int, ...] | None = None,
+    disaggregated_prefill: bool = False,
 ) -> EngineCapabilities:
     """What holds for every engine here: a plan takes effect at once, and gated sequences stay."""
     return EngineCapabilities(
@@ -95,6 +96,7 @@ def per_step_capabilities(
         resident_when_gated=True,
         min_recompute_tokens=0,
         width_buckets=width_buckets,
+        disaggregated_prefill=disaggregated_prefill,
         prefix_sharing_attention=False,
         bitwise_deterministic=bitwise_deterministic,
         virtual_time=virtual_time,

@@ -169,6 +169,7 @@ class SimulatedEngine(PagedEngine):
             per_step_capabilities(
                 name="simulated",
                 width_buckets=profile.width_buckets,
+                disaggregated_prefill=config.disaggregated_prefill,
                 bitwise_deterministic=True,
                 virtual_time=True,
                 max_batch_size=config.max_batch_size,
