@@ -11,13 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import subprocess
 import sys
 import urllib.parse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,12 +24,13 @@ from tritonclient.grpc import aio as grpcclient
 from perf.bench_arguments import bench_parser, client_config, score_of, workload_config
 from perf.grpc_client import ClientConfig, ServerUnavailableError, check_server, send_workload
 from perf.latency import RequestRecord
-from perf.metrics import SloScore
+from perf.metrics import ScoreError, SloScore
 from perf.result import (
     SCHEMA_VERSION,
     banner,
     default_filename,
     detailed_lists,
+    git_sha,
     run_figures,
     save_json,
     save_records,
@@ -180,21 +179,6 @@ def _header(config: BenchConfig, policy: str | None) -> dict[str, Any]:
     }
 
 
-def git_sha() -> str | None:
-    """Commit of the working tree; None outside of one."""
-    try:
-        answer = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the command line; the exit status is 1 if the benchmark could not run."""
     arguments = bench_parser(__doc__ or "").parse_args(argv)
@@ -214,7 +198,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         workload = build_workload(config.workload)
         result, records = asyncio.run(run_benchmark(config, workload))
-    except (ConfigError, ServerUnavailableError, TraceError, WorkloadError) as error:
+    except (
+        ConfigError, ScoreError, ServerUnavailableError, TraceError, WorkloadError,
+    ) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(banner(result, arguments.percentile_metrics, config.percentiles))

@@ -190,7 +190,11 @@ def report(
     """Prints and writes the tables and plots of what has been measured."""
     measured = load_all(tasks, arguments.output_dir, scale)
     missing = [task for task in tasks if not is_complete(measured.get(task), scale)]
-    found = {t: outcome_of(m, scale.num_seeds, scale.target) for t, m in measured.items()}
+    found = {
+        task: outcome_of(m, scale.num_seeds, scale.target)
+        for task, m in measured.items()
+        if is_complete(m, scale)
+    }
     bounds = {task.cell: m.upper_bound for task, m in measured.items()}
     tables = all_tables(found, bounds, scale)
     for table in tables:

@@ -57,6 +57,7 @@ class NamedCell:
         arrivals: See `LoadConfig`.
         cv: See `LoadConfig`.
         disturbance: How the device differs from its profile.
+        told_scale: Step times that the executor is told, relative to the profile's.
         warmup_s: Arrivals before the scored window: about the time that a branching request takes
             if its branches run one after another, so that memory is as full as it gets.
         quick_duration_s: Scored window of a quick run: about 150 requests.
@@ -78,6 +79,7 @@ class NamedCell:
     arrivals: Arrivals = "poisson"
     cv: float = 1.0
     disturbance: Disturbance = _NOISE
+    told_scale: float = 1.0
     warmup_s: float = 60
     quick_duration_s: float = 90
     drain_s: float = 150
@@ -139,6 +141,10 @@ CELLS: dict[str, NamedCell] = {  # the most important first
         _E, title="E, steps 15 % and 2 ms longer than the profile says",
         disturbance=Disturbance(host_overhead_ms=2.0, step_scale=1.15, noise=0.02),
     ),
+    "A-told-0.7": replace(_A, title="A, told that steps take 0.7 of their time", told_scale=0.7),
+    "A-told-1.3": replace(_A, title="A, told that steps take 1.3 of their time", told_scale=1.3),
+    "E-told-0.7": replace(_E, title="E, told that steps take 0.7 of their time", told_scale=0.7),
+    "E-told-1.3": replace(_E, title="E, told that steps take 1.3 of their time", told_scale=1.3),
 }  # fmt: skip
 
 
@@ -165,7 +171,8 @@ def study_of(
         max_prefill_tokens=cell.max_prefill_tokens, **LEVERS[levers],
     )  # fmt: skip
     slo = SloTarget(ttft_ms=cell.ttft_ms, tpot_ms=cell.tpot_ms, stretch=cell.stretch)
-    deployment = Deployment(profile, profile, engine, scheduler, slo, load.limits)
+    told = profile.scaled(cell.told_scale)
+    deployment = Deployment(told, profile, engine, scheduler, slo, load.limits)
     return Study(deployment, {policy: scheduler}, load, warmup_s, duration_s, cell.drain_s)
 
 

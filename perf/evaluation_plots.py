@@ -24,13 +24,13 @@ def plot_cell(
 
     Args:
         runs: Of one cell; levers other than the shipped ones are dashed.
-        outcomes: Their capacities, drawn upright.
+        outcomes: Their capacities, drawn upright; of tasks that are measured wholly.
         title: Of the cell.
         target: Attainment at capacity.
         path: PNG to write.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
-    palette = colours(policies_of(outcomes))
+    palette = colours(policies_of({**outcomes, **runs}))
     for task, measured in runs.items():
         is_shipped = task.levers == "shipped"
         label = task.policy if is_shipped else f"{task.policy}, {task.levers}"
@@ -38,7 +38,8 @@ def plot_cell(
         colour = palette[task.policy]
         _draw(left, measured.attainment(), label, colour, style)
         _draw(right, measured.token_goodput(), label, colour, style)
-        if is_shipped and (rate := outcomes[task].capacity.rate) is not None:
+        outcome = outcomes.get(task)
+        if is_shipped and outcome and (rate := outcome.capacity.rate) is not None:
             left.axvline(rate, color=colour, linewidth=0.8, linestyle=":")
     left.axhline(target, color="black", linewidth=0.8, linestyle=":")
     left.set(xlabel="requests/s", ylabel="SLO attainment", ylim=(0, 1.02))

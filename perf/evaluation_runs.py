@@ -17,7 +17,7 @@ from rich.progress import Progress
 from perf.capacity import grid_rate, grid_step
 from perf.evaluation_cells import CELLS, described, study_of
 from perf.rate_search import RateGrid, wanted_seeds
-from perf.result import save_json
+from perf.result import git_sha, save_json
 from perf.simulated_cell import Cell, Study, run_cell
 from perf.upper_bound import upper_bound
 
@@ -171,6 +171,7 @@ def save_task(measured: TaskRuns, directory: Path, scale: Scale) -> None:
     content = {
         "schema_version": SCHEMA_VERSION,
         "settings": _settings(measured.task, scale),
+        "git_sha": git_sha(),
         "upper_bound_rps": measured.upper_bound,
         "runs": runs,
     }

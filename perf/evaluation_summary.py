@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,9 @@ from perf.evaluation_runs import Result, Task, TaskRuns
 REFERENCE = "taper"
 
 _NUM_RESAMPLES = 2000
+# Student's t, one-sided 95 %, by degrees of freedom; normal beyond.
+_T_95 = {1: 6.31, 2: 2.92, 3: 2.35, 4: 2.13, 5: 2.02, 6: 1.94, 7: 1.89, 8: 1.86, 9: 1.83}
+_NORMAL_95 = 1.645
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +45,22 @@ class Ratio:
         value: The ratio.
         error: Its standard error: the deviation over resampled seeds, times sqrt(n / (n - 1)) since
             resampling n seeds falls short by so much; None on a single seed.
+        num_seeds: n.
     """
 
     value: float
     error: float | None
+    num_seeds: int
 
     def __str__(self) -> str:
         return f"{self.value:.2f}" + ("" if self.error is None else f" ± {self.error:.2f}")
+
+    @property
+    def lower_bound(self) -> float | None:
+        """One-sided 95 % bound, by Student's t; None on a single seed."""
+        if self.error is None:
+            return None
+        return self.value - _T_95.get(self.num_seeds - 1, _NORMAL_95) * self.error
 
     @property
     def verdict(self) -> int:
@@ -87,20 +99,32 @@ def paired(one: Outcome | None, other: Outcome | None, figure: str) -> Ratio | N
     if found is None:
         return None
     n = one.num_seeds
-    return Ratio(found[0], found[1] * float(np.sqrt(n / (n - 1))) if n > 1 else None)
+    return Ratio(found[0], found[1] * float(np.sqrt(n / (n - 1))) if n > 1 else None, n)
 
 
 Outcomes = Mapping[Task, Outcome]
 
 
-def cells_of(outcomes: Outcomes) -> list[str]:
+def best_static(outcomes: Outcomes, cell: str) -> str | None:
+    """The static policy of highest capacity under shipped levers: re-tuned for the cell."""
+    rates = {
+        task.policy: outcome.capacity.rate
+        for task, outcome in outcomes.items()
+        if (task.cell, task.levers) == (cell, "shipped")
+        and task.policy.partition(":")[0] != REFERENCE
+        and outcome.capacity.rate is not None
+    }
+    return max(rates, key=lambda policy: rates[policy] or 0.0, default=None)
+
+
+def cells_of(tasks: Iterable[Task]) -> list[str]:
     """Cells in order."""
-    return list(dict.fromkeys(task.cell for task in outcomes))
+    return list(dict.fromkeys(task.cell for task in tasks))
 
 
-def policies_of(outcomes: Outcomes) -> list[str]:
+def policies_of(tasks: Iterable[Task]) -> list[str]:
     """Policies in order, the reference first."""
-    names = dict.fromkeys(task.policy for task in outcomes)
+    names = dict.fromkeys(task.policy for task in tasks)
     return sorted(names, key=lambda name: name != REFERENCE)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
@@ -180,6 +181,21 @@ def default_filename(result: dict[str, Any], now: datetime) -> str:
     label = str(result["label"]).replace(":", "-").replace("/", "-")
     rate, date = result["request_rate"], now.strftime("%Y%m%d-%H%M%S")
     return f"{label}-{rate}qps{concurrency}-{result['model_id']}-{date}.json"
+
+
+def git_sha() -> str | None:
+    """Commit of the working tree; None outside of one."""
+    try:
+        answer = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return answer.stdout.strip()
 
 
 def save_json(result: dict[str, Any], path: Path) -> None:

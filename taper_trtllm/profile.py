@@ -7,7 +7,7 @@ silently costs goodput.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -94,16 +94,20 @@ class LatencyProfile(_Model):
 
     def with_host_time(self, host_ms: float) -> LatencyProfile:
         """The profile of steps that take so much longer; noted in the provenance."""
+        provenance = {**self.provenance, "host_ms": f"{host_ms:.3f}"}
+        slower = self._with_times(lambda step_ms: step_ms + host_ms)
+        return slower.model_copy(update={"provenance": provenance})
 
-        def slower(points: tuple[_Point, ...]) -> tuple[_Point, ...]:
-            return tuple(p.model_copy(update={"step_ms": p.step_ms + host_ms}) for p in points)
+    def scaled(self, factor: float) -> LatencyProfile:
+        """The profile of steps that take so many times as long."""
+        return self._with_times(lambda step_ms: step_ms * factor)
+
+    def _with_times(self, change: Callable[[float], float]) -> LatencyProfile:
+        def changed(points: tuple[_Point, ...]) -> tuple[_Point, ...]:
+            return tuple(p.model_copy(update={"step_ms": change(p.step_ms)}) for p in points)
 
         return self.model_copy(
-            update={
-                "decode": slower(self.decode),
-                "prefill": slower(self.prefill),
-                "provenance": {**self.provenance, "host_ms": f"{host_ms:.3f}"},
-            }
+            update={"decode": changed(self.decode), "prefill": changed(self.prefill)}
         )
 
     def check_fingerprint(self, fingerprint: Mapping[str, str]) -> None:
@@ -144,6 +148,8 @@ def load_profile(path: str | Path) -> LatencyProfile:
             f"cannot read the latency profile {path} ({error.strerror}); "
             "write one with `python -m engine_build calibrate`"
         ) from None
+    except UnicodeDecodeError as error:
+        raise ProfileError(f"latency profile {path} is not UTF-8 text: {error.reason}") from None
     try:
         return LatencyProfile.model_validate_json(text)
     except ValidationError as error:

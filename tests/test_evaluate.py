@@ -104,9 +104,8 @@ def test_the_peak_is_read_from_complete_rates_alone():
 
 
 def test_verdicts_need_more_than_the_error():
-    assert [Ratio(1.1, 0.2).verdict, Ratio(0.9, 0.05).verdict, Ratio(1.1, None).verdict] == [
-        0, -1, 1
-    ]  # fmt: skip
+    found = Ratio(1.1, 0.2, 3), Ratio(0.9, 0.05, 3), Ratio(1.1, None, 1)
+    assert [ratio.verdict for ratio in found] == [0, -1, 1]
 
 
 def figures(met) -> dict:
@@ -145,6 +144,10 @@ def test_tables_name_what_is_lost_and_tell_the_two_figures_of_regime_p():
     assert "A" not in against  # no rival was measured
     score = by_title["Cells won and lost"]["SLO capacity, step-ceiling:0.9"]
     assert score[1:] == ["0", "0", "1", "P"]
+    aims = by_title["TAPER over the static policy that is best in each cell, SLO capacity"]
+    assert list(aims) == ["P", "median"] and aims["P"][0] == "step-ceiling:0.9"
+    ratio, bound, share = aims["P"][1:]
+    assert ratio.startswith("0.92") and float(bound) <= 0.92 and float(share) == 0.8
     shipped, bare, both = by_title["Regime P"]["irp-off, SLO capacity"]
     ratios = [float(r[:4]) for r in (shipped, bare, both)]
     assert ratios == pytest.approx([1.2, 1.375, 1.5], abs=0.011)
