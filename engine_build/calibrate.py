@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,19 +134,25 @@ class Calibrator:
         ):
             if has < needed:
                 raise ConfigError(f"engine.{name}: {has} is too small to calibrate, needs {needed}")
+        if len({width for _, widths in self._levels() for width in widths}) < 2:
+            raise ConfigError(
+                f"engine.num_kv_blocks: {capabilities.num_kv_blocks} is too small to calibrate: "
+                "fewer than two widths fit at two contexts"
+            )
 
     # ---- decode
 
     def _levels(self) -> list[tuple[int, list[int]]]:
-        """Contexts with the widths that fit at each."""
+        """Contexts with the widths that fit at each; a width counts if it fits at two contexts."""
         capabilities = self.engine.capabilities
-        levels = []
+        fitting = {}
         for context in self.grid.contexts:
             most = min(capabilities.max_batch_size, self._most_sequences(context))
-            widths = [w for w in self.grid.widths if w <= most]
-            if context + self._num_steps_per_level() < capabilities.max_seq_len and widths:
-                levels.append((context, widths))
-        return levels
+            if context + self._num_steps_per_level() < capabilities.max_seq_len:
+                fitting[context] = [w for w in self.grid.widths if w <= most]
+        count = Counter(width for widths in fitting.values() for width in widths)
+        levels = [(c, [w for w in widths if count[w] >= 2]) for c, widths in fitting.items()]
+        return [(context, widths) for context, widths in levels if widths]
 
     def _most_sequences(self, context: int) -> int:
         capabilities = self.engine.capabilities

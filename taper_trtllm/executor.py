@@ -276,7 +276,10 @@ class TaperExecutor:
         self.fail_all("the server is shutting down")
         self._engine.shutdown()
         if self._step_log is not None:
-            self._step_log.close()
+            try:
+                self._step_log.close()
+            except OSError:
+                logger.exception("the step log is incomplete")
 
     def fail_all(self, message: str) -> None:
         """Ends every open request with an error, and takes no more.
@@ -400,9 +403,17 @@ class TaperExecutor:
         self._deliver(outputs, failures)
         record = self._record(planned, result, started_s, planned_s, step_ms)
         self.records.append(record)
-        for observer in self._observers:
-            observer(record)
+        self._notify(record)
         return record
+
+    def _notify(self, record: StepRecord) -> None:
+        """Tells the observers; one that fails (a full disk, say) is called no more."""
+        for observer in list(self._observers):
+            try:
+                observer(record)
+            except Exception:
+                logger.exception("a step observer failed; it is called no more")
+                self._observers.remove(observer)
 
     def _note_surplus(self, planned: PlannedStep, step_ms: float) -> None:
         """Follows what steps take beyond decode in the mean: prefill, and what nobody foresaw.

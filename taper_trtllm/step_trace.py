@@ -27,7 +27,7 @@ def record_json(record: StepRecord) -> dict[str, Any]:
 
 
 class StepLog:
-    """Appends every step to a JSONL file; register `write` with `add_step_observer`."""
+    """Writes every step to a JSONL file, anew; register `write` with `add_step_observer`."""
 
     def __init__(self, path: str | Path) -> None:
         self._file = Path(path).open("w")  # noqa: SIM115  (closed by `close`)
