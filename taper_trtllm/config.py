@@ -33,6 +33,14 @@ class RandomModelConfig(_Model):
     vocab_size: _PositiveInt = 8192
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _is_a_qwen3(self) -> RandomModelConfig:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError("num_attention_heads must be a multiple of num_key_value_heads")
+        if self.head_dim % 2:
+            raise ValueError("head_dim must be even: rotary embedding turns pairs")
+        return self
+
 
 class EngineConfig(_Model):
     """Which engine runs, and how much it may use.
@@ -49,7 +57,7 @@ class EngineConfig(_Model):
     kind: Literal["torch"] = "torch"
     model_dir: Path | None = None
     random_model: RandomModelConfig = RandomModelConfig()
-    device: str = "cpu"
+    device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     num_threads: _PositiveInt = 1
     tokens_per_block: _PositiveInt = 16
@@ -162,6 +170,8 @@ def load_config(path: str | Path) -> ServingConfig:
         data = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text: {error.reason}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     config = parse_config(data)

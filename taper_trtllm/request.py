@@ -15,6 +15,7 @@ from pydantic import model_validator as _model_validator
 
 MAX_DEPTH = 3
 MAX_FAN_OUT = 256
+MAX_STOP_TOKEN_IDS = 256
 
 TokenId = Annotated[StrictInt, Field(ge=0)]
 TokenIds = tuple[TokenId, ...]
@@ -50,7 +51,7 @@ class SamplingParams(_Model):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = 1.0
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = 0
     end_id: TokenId | None = None
-    stop_token_ids: TokenIds = ()
+    stop_token_ids: Annotated[TokenIds, Field(max_length=MAX_STOP_TOKEN_IDS)] = ()
     ignore_eos: bool = False
 
     @property
@@ -258,7 +259,9 @@ def check_request(request: ForkJoinRequest, limits: RequestLimits, vocab_size: i
     )
     _check_ids("input_ids", request.input_ids, vocab_size)
     _check_stage_ids(program, vocab_size, "stages")
-    _check_ids("stop_token_ids", tuple(request.sampling.stop_ids), vocab_size)
+    _check_ids("stop_token_ids", request.sampling.stop_token_ids, vocab_size)
+    end_id = request.sampling.end_id
+    _check_ids("end_id", () if end_id is None else (end_id,), vocab_size)
 
 
 def _limit(field: str, value: int, limit: int, what: str) -> None:

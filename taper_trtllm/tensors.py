@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from taper_trtllm.config import ServingConfig
 from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput
-from taper_trtllm.request import ForkJoinRequest, RequestError, build_request, parse_stages
+from taper_trtllm.request import (
+    MAX_STOP_TOKEN_IDS,
+    ForkJoinRequest,
+    RequestError,
+    build_request,
+    parse_stages,
+)
 from taper_trtllm.tokenizer import IncrementalDecoder, Tokenizer, encode_text, resolve_texts
 
 Array = npt.NDArray[Any]
@@ -92,7 +98,8 @@ def decode_request(
     try:
         request = build_request(**fields)
     except RequestError as error:
-        raise RequestError(_TENSOR_OF_FIELD.get(error.field, error.field), error.reason) from None
+        tensor = _TENSOR_OF_FIELD.get(error.field, error.field.removeprefix("sampling."))
+        raise RequestError(tensor, error.reason) from None
     streaming = _scalar(tensors, "streaming")
     return DecodedRequest(
         request=resolve_texts(request, tokenizer),
@@ -151,14 +158,23 @@ def _prompt_ids(
         text = _scalar(tensors, "text_input")
         if not text:
             raise RequestError("text_input", "must not be empty")
-        return encode_text(tokenizer, "text_input", text, is_prompt=True)
-    num_tokens = tensors["input_ids"].size
-    if num_tokens > max_prompt_tokens:  # before millions of ids become Python objects
-        raise RequestError(
-            "input_ids", f"{num_tokens} prompt tokens exceed the limit of {max_prompt_tokens}"
-        )
-    ids: list[int] = tensors["input_ids"].tolist()
+        ids = encode_text(tokenizer, "text_input", text, is_prompt=True)
+        if len(ids) > max_prompt_tokens:
+            _refuse_length("text_input", len(ids), "prompt tokens", max_prompt_tokens)
+        return ids
+    return _ids(tensors, "input_ids", "prompt tokens", max_prompt_tokens)
+
+
+def _ids(tensors: Mapping[str, Array], name: str, what: str, limit: int) -> list[int]:
+    """A tensor as a list, if it is short enough to become Python objects."""
+    if tensors[name].size > limit:
+        _refuse_length(name, tensors[name].size, what, limit)
+    ids: list[int] = tensors[name].tolist()
     return ids
+
+
+def _refuse_length(name: str, num: int, what: str, limit: int) -> NoReturn:
+    raise RequestError(name, f"{num} {what} exceed the limit of {limit}")
 
 
 def _sampling(tensors: Mapping[str, Array], tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -169,7 +185,9 @@ def _sampling(tensors: Mapping[str, Array], tokenizer: Tokenizer | None) -> dict
         if (value := _scalar(tensors, tensor)) is not None
     }
     if "stop_token_ids" in tensors:
-        sampling["stop_token_ids"] = tensors["stop_token_ids"].tolist()
+        sampling["stop_token_ids"] = _ids(
+            tensors, "stop_token_ids", "stop token ids", MAX_STOP_TOKEN_IDS
+        )
     return sampling
 
 

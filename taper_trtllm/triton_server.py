@@ -282,16 +282,27 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port < 1 << 16:
+        raise argparse.ArgumentTypeError(f"must be in 0..65535 (got {text})")
+    return port
+
+
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="serve", description="Serve the model `taper` until interrupted."
     )
     parser.add_argument("--config", type=Path, help="serving configuration (YAML)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
-    parser.add_argument("--grpc-port", type=int, default=8001, help="%(default)s; 0: any free one")
-    parser.add_argument("--http-port", type=int, default=8000, help="%(default)s; 0: any free one")
     parser.add_argument(
-        "--metrics-port", type=int, default=8002, help="%(default)s; 0: any free one"
+        "--grpc-port", type=_port, default=8001, help="%(default)s; 0: any free one"
+    )
+    parser.add_argument(
+        "--http-port", type=_port, default=8000, help="%(default)s; 0: any free one"
+    )
+    parser.add_argument(
+        "--metrics-port", type=_port, default=8002, help="%(default)s; 0: any free one"
     )
     parser.add_argument("--model-repository", type=Path, default=DEFAULT_MODEL_REPOSITORY)
     return parser.parse_args()

@@ -249,6 +249,12 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({**VALID, "runtime_top_k": -1}, "runtime_top_k: "),
     ({**VALID, "seed": 2**64 - 1}, "seed: "),
     ({**VALID, "stop_token_ids": [512]}, "stop_token_ids: token id 512"),
+    ({**VALID, "stop_token_ids": [3, -1]}, r"stop_token_ids\[1\]: .*greater than or equal to 0"),
+    (
+        {**VALID, "stop_token_ids": [1] * 1000},
+        "stop_token_ids: 1000 stop token ids exceed the limit",
+    ),
+    ({**VALID, "end_id": 512}, "end_id: token id 512"),
 ]
 
 BAD_TENSORS: list[tuple[list[InferInput], str]] = [
