@@ -9,7 +9,7 @@ from perf.argument_types import at_least_0, count, positive, positive_int, share
 from perf.grpc_client import ClientConfig
 from perf.metrics import SloScore
 from perf.result import METRIC_NAMES
-from perf.workload import DEFAULT_TRACE, WorkloadConfig
+from perf.workload import DEFAULT_TRACE, WorkloadConfig, vocab_size_of
 from taper_trtllm.config import ServingConfig
 
 _GOODPUT_NAMES = ("ttft", "tpot", "e2el", "stretch")
@@ -69,7 +69,7 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
         help="drawn, or the trace's own stretched to the rate (%(default)s)",
     )  # fmt: skip
     group.add_argument("--num-warmups", type=count, default=0, help="unmeasured requests before")
-    group.add_argument("--seed", type=int, default=0, help="%(default)s")
+    group.add_argument("--seed", type=count, default=0, help="%(default)s")
     group.add_argument("--request-id-prefix", default="bench-", help="%(default)s")
 
 
@@ -157,7 +157,7 @@ def workload_config(arguments: argparse.Namespace, serving: ServingConfig) -> Wo
         length_scale=arguments.length_scale,
         prompt_scale=arguments.prompt_scale,
         seed=arguments.seed,
-        vocab_size=serving.engine.random_model.vocab_size,
+        vocab_size=vocab_size_of(serving.engine),
         limits=serving.limits,
         request_id_prefix=arguments.request_id_prefix,
         input_len=arguments.input_len,

@@ -16,11 +16,12 @@ from perf.metrics import SloScore
 from perf.regime import Regime, write_config
 from perf.workload import DEFAULT_TRACE, build_workload
 from taper_trtllm.admission import make_policy
-from taper_trtllm.config import ServingConfig
+from taper_trtllm.config import SchedulerConfig, ServingConfig
 from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.profile import load_profile
 from taper_trtllm.triton_server import TritonServer
 
+_ANY_PROFILE = Path(__file__).parent / "profiles" / "h200_fp8_tp1.json"
 _NUM_WARMUPS = 8
 _STREAM_TIMEOUT_S = 120.0  # far beyond any objective; a request that takes longer is a miss
 
@@ -47,15 +48,15 @@ class Experiment:
         return SloScore(ttft_ms=self.regime.ttft_slo_ms, tpot_ms=self.regime.tpot_slo_ms)
 
 
-def check_policies(policies: Sequence[str], experiment: Experiment) -> None:
+def check_policies(policies: Sequence[str]) -> None:
     """Refuses an unknown policy before hours of measurement.
 
     Raises:
         ConfigError: Names the policy and lists those that exist.
     """
-    predictor = StepLatencyPredictor(load_profile(experiment.profile))
+    predictor = StepLatencyPredictor(load_profile(_ANY_PROFILE))
     for policy in policies:
-        make_policy(policy, experiment.base.scheduler, predictor)
+        make_policy(policy, SchedulerConfig(), predictor)
 
 
 def run_cell(

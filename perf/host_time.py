@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ from perf.bench_serving import BenchConfig, run_benchmark
 from perf.grpc_client import ClientConfig, ServerUnavailableError
 from perf.metrics import SloScore
 from perf.regime import write_config
-from perf.workload import WorkloadConfig, build_workload
+from perf.workload import WorkloadConfig, WorkloadError, build_workload, vocab_size_of
 from taper_trtllm.config import ConfigError, ServingConfig, load_config
 from taper_trtllm.profile import LatencyProfile, ProfileError, load_profile
 from taper_trtllm.triton_install import TritonServerError
@@ -38,6 +39,7 @@ _INPUT_LEN, _OUTPUT_LEN = 64, 128
 _NUM_WARMUPS = 8
 _TRIMMED = 0.02  # share of steps left out at either end
 _LEAST_STEPS = 100
+_STATUS = "measuring the host time of a step in the running server"
 
 
 class HostTimeError(RuntimeError):
@@ -79,7 +81,7 @@ def _bench(server: TritonServer, base: ServingConfig) -> BenchConfig:
         num_prompts=_NUM_PROMPTS,
         input_len=_INPUT_LEN,
         output_len=_OUTPUT_LEN,
-        vocab_size=base.engine.random_model.vocab_size,
+        vocab_size=vocab_size_of(base.engine),
         limits=base.limits,
     )
     return BenchConfig(
@@ -127,6 +129,30 @@ def add_host_time(path: Path, base: ServingConfig) -> LatencyProfile:
     return completed
 
 
+def measure_profile(path: Path, base: ServingConfig, config: Path | None, console: Console) -> None:
+    """Measures a profile anew: the engine in a process of its own, then in the running server.
+
+    Args:
+        path: Profile to write.
+        base: Serving configuration.
+        config: The file that it was read from; None for the defaults.
+        console: Shows what is going on.
+
+    Raises:
+        HostTimeError: The calibration failed.
+        TritonServerError, ServerUnavailableError: See `measure_host_ms`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "engine_build", "calibrate", "--output", str(path)]
+    if config is not None:
+        command += ["--config", str(config)]
+    if subprocess.run(command).returncode:
+        raise HostTimeError("the calibration failed")
+    with console.status(_STATUS):
+        profile = add_host_time(path, base)
+    console.print(f"host time: {profile.provenance['host_ms']} ms per step, in {path}")
+
+
 def main() -> int:
     """Runs the command line; the exit status is 1 if nothing could be measured."""
     parser = argparse.ArgumentParser(
@@ -140,10 +166,11 @@ def main() -> int:
     console = Console()
     try:
         base = load_config(arguments.config) if arguments.config else ServingConfig()
-        with console.status("measuring the host time of a step in the running server"):
+        with console.status(_STATUS):
             profile = add_host_time(arguments.profile, base)
     except (
         ConfigError, HostTimeError, ProfileError, ServerUnavailableError, TritonServerError,
+        WorkloadError,
     ) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,10 @@ import numpy as np
 from perf.latency import RequestRecord, measure
 
 
+class ScoreError(ValueError):
+    """Bounds that do not go together."""
+
+
 @dataclass(frozen=True, slots=True)
 class SloScore:
     """How requests are scored; a bound of None is not asked.
@@ -33,7 +37,9 @@ class SloScore:
 
     def __post_init__(self) -> None:
         if self.stretch is not None and self.tpot_ms is None:
-            raise ValueError("goodput: stretch needs tpot")
+            raise ScoreError(
+                "stretch is relative to TPOT: give --slo-tpot-ms, or tpot in --goodput"
+            )
 
     @property
     def is_set(self) -> bool:

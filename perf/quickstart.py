@@ -1,6 +1,6 @@
 """The quick start: one load, a few policies one after another, one table.
 
-`scripts/quickstart.sh` calls it after setting everything up and calibrating.
+`scripts/quickstart.sh` calls it after setting everything up.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from rich.console import Console
 from perf.argument_types import positive, positive_int
 from perf.cell import Experiment, check_policies, run_cell
 from perf.grpc_client import ServerUnavailableError
+from perf.host_time import HostTimeError, measure_profile
 from perf.plots import plot_comparison
 from perf.regime import regime_of
 from perf.result import save_json
@@ -54,15 +55,23 @@ def _parser() -> argparse.ArgumentParser:
         help="serving configuration of the engine and the controller; slots, memory and objectives "
         "follow from the profile and the trace",
     )  # fmt: skip
-    parser.add_argument("--profile", type=Path, default=Path("results/quickstart/profile.json"))
+    parser.add_argument(
+        "--profile", type=Path,
+        help="latency profile to start from (default: measured first, alone and in the server)",
+    )  # fmt: skip
     parser.add_argument("--output-dir", type=Path, default=Path("results/quickstart"))
     return parser
 
 
 def run(arguments: argparse.Namespace, console: Console) -> None:
     """Runs every policy and writes its result, then the table and the plot."""
+    policies = [policy for group in arguments.policy or [POLICIES] for policy in group]
+    check_policies(policies)
     base = load_config(arguments.config) if arguments.config else ServingConfig()
-    regime = regime_of(arguments.profile, base)
+    profile = arguments.profile or arguments.output_dir / "profile.json"
+    if arguments.profile is None:
+        measure_profile(profile, base, arguments.config, console)
+    regime = regime_of(profile, base)
     rate = arguments.request_rate or LOAD * regime.reference_rate
     num_prompts = arguments.num_prompts or round(ARRIVALS_S * rate)
     for line in regime.lines():
@@ -70,9 +79,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     console.print(
         f"{num_prompts} requests at {rate:.2f} requests/s ({rate / regime.reference_rate:.2f} R0)"
     )
-    experiment = Experiment(regime, base, arguments.profile)
-    policies = [policy for group in arguments.policy or [POLICIES] for policy in group]
-    check_policies(policies, experiment)
+    experiment = Experiment(regime, base, profile)
     results: dict[str, dict[str, Any]] = {}
     for policy in policies:
         console.rule(policy)
@@ -91,8 +98,8 @@ def main() -> int:
     try:
         run(_parser().parse_args(), console)
     except (
-        ConfigError, ProfileError, ServerUnavailableError, TraceError, TritonServerError,
-        WorkloadError,
+        ConfigError, HostTimeError, ProfileError, ServerUnavailableError, TraceError,
+        TritonServerError, WorkloadError,
     ) as error:  # fmt: skip
         print(f"error: {error}", file=sys.stderr)
         return 1

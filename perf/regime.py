@@ -18,7 +18,7 @@ import yaml
 
 from perf.program import ProgramCost, program_cost
 from perf.trace import read_trace
-from perf.workload import DEFAULT_TRACE, WorkloadConfig, make_request
+from perf.workload import DEFAULT_TRACE, WorkloadConfig, make_request, vocab_size_of
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.config import ConfigError, EngineConfig, ServingConfig, load_config
 from taper_trtllm.predictor import StepLatencyPredictor
@@ -116,7 +116,7 @@ class Regime:
             length_scale=self.length_scale,
             prompt_scale=self.prompt_scale,
             seed=seed,
-            vocab_size=base.engine.random_model.vocab_size,
+            vocab_size=vocab_size_of(base.engine),
             limits=base.limits,
         )
 
@@ -148,7 +148,7 @@ def trace_costs(
         dataset_path=dataset_path,
         length_scale=length_scale,
         prompt_scale=prompt_scale,
-        vocab_size=engine.random_model.vocab_size,
+        vocab_size=vocab_size_of(engine),
         limits=limits,
     )
     rng = np.random.default_rng(0)

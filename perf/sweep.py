@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -22,10 +21,10 @@ from typing import Any
 
 from rich.console import Console
 
-from perf.argument_types import positive, positive_int
+from perf.argument_types import count, positive, positive_int
 from perf.cell import Experiment, check_policies, run_cell
 from perf.grpc_client import ServerUnavailableError
-from perf.host_time import HostTimeError, add_host_time
+from perf.host_time import HostTimeError, measure_profile
 from perf.plots import plot_sweep
 from perf.regime import LENGTH_SCALE, PROMPT_SCALE, Regime, regime_of
 from perf.result import save_json
@@ -95,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataset-path", type=Path, default=DEFAULT_TRACE, help="trace (CSV)")
     parser.add_argument("--length-scale", type=positive, default=LENGTH_SCALE, help="%(default)s")
     parser.add_argument("--prompt-scale", type=positive, default=PROMPT_SCALE, help="%(default).3g")
-    parser.add_argument("--seed", type=int, default=0, help="of the first repetition")
+    parser.add_argument("--seed", type=count, default=0, help="of the first repetition")
     return parser
 
 
@@ -107,7 +106,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     return tuple(positive(part) for part in text.split(","))
 
 
-def prepare(arguments: argparse.Namespace) -> Experiment:
+def prepare(arguments: argparse.Namespace, console: Console) -> Experiment:
     """Fixes the regime, or takes up that of the sweep that the output directory holds.
 
     Raises:
@@ -118,7 +117,7 @@ def prepare(arguments: argparse.Namespace) -> Experiment:
     base = load_config(arguments.config) if arguments.config else ServingConfig()
     if not record.exists():
         output.mkdir(parents=True, exist_ok=True)
-        _provide_profile(arguments, base, profile)
+        _provide_profile(arguments, base, profile, console)
         regime = regime_of(
             profile, base, arguments.dataset_path, arguments.length_scale, arguments.prompt_scale
         )
@@ -143,7 +142,9 @@ def _settings(arguments: argparse.Namespace, base: ServingConfig) -> dict[str, A
     }
 
 
-def _provide_profile(arguments: argparse.Namespace, base: ServingConfig, profile: Path) -> None:
+def _provide_profile(
+    arguments: argparse.Namespace, base: ServingConfig, profile: Path, console: Console
+) -> None:
     if arguments.profile is not None:
         if not arguments.profile.is_file():
             raise SweepError(f"--profile: no such file: {arguments.profile}")
@@ -151,12 +152,7 @@ def _provide_profile(arguments: argparse.Namespace, base: ServingConfig, profile
         return
     if not arguments.calibrate:
         raise SweepError("a new sweep needs --profile FILE or --calibrate")
-    command = [sys.executable, "-m", "engine_build", "calibrate", "--output", str(profile)]
-    if arguments.config is not None:
-        command += ["--config", str(arguments.config)]
-    if subprocess.run(command).returncode:
-        raise SweepError("the calibration failed")
-    add_host_time(profile, base)
+    measure_profile(profile, base, arguments.config, console)
 
 
 def run_sweep(arguments: argparse.Namespace, experiment: Experiment, console: Console) -> Cells:
@@ -198,8 +194,8 @@ def main() -> int:
     arguments = _parser().parse_args()
     console = Console()
     try:
-        experiment = prepare(arguments)
-        check_policies(arguments.policies, experiment)
+        check_policies(arguments.policies)
+        experiment = prepare(arguments, console)
         for line in experiment.regime.lines():
             console.print(line, highlight=False, soft_wrap=True)
         cells = run_sweep(arguments, experiment, console)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,8 @@ def _read_row(row: dict[str, str], where: str) -> TraceRow:
         arrival_s = float(arrival) if arrival else None
     except ValueError:
         raise TraceError(f"{where}: arrival_s: not a number (got {arrival!r})") from None
+    if arrival_s is not None and not math.isfinite(arrival_s):
+        raise TraceError(f"{where}: arrival_s: must be finite (got {arrival!r})")
     prompt_tokens = _count(row["prompt_tokens"], f"{where}: prompt_tokens", minimum=1)
     return TraceRow(arrival_s, prompt_tokens, stages, row.get("family") or "plain")
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from perf.arrivals import FloatArray, gamma_arrivals_s, trace_arrivals_s
 from perf.trace import TraceError, TraceRow, read_trace, scale_count, to_wire_stages
+from taper_trtllm.config import ConfigError, EngineConfig
 from taper_trtllm.request import (
     ForkJoinRequest,
     RequestError,
@@ -84,6 +85,8 @@ class WorkloadConfig:
     def __post_init__(self) -> None:
         for name in ("num_prompts", "input_len", "output_len", "num_branches", "branch_len"):
             _require(name, getattr(self, name) >= 1, "at least 1", getattr(self, name))
+        _require("seed", self.seed >= 0, "at least 0", self.seed)
+        _require("length_scale", self.length_scale < np.inf, "finite", self.length_scale)
         for name in ("request_rate", "burstiness", "length_scale"):
             _require(name, getattr(self, name) > 0, "positive", getattr(self, name))
         _require("fork_fraction", 0 <= self.fork_fraction <= 1, "in [0, 1]", self.fork_fraction)
@@ -91,6 +94,21 @@ class WorkloadConfig:
         _require("serial_len", self.serial_len >= 1, "at least 1", self.serial_len)
         if self.arrivals == "trace" and self.dataset_name != "trace":
             raise WorkloadError(f"arrivals: 'trace' needs a trace, not {self.dataset_name!r}")
+
+
+def vocab_size_of(engine: EngineConfig) -> int:
+    """Vocabulary of the model that a configuration serves.
+
+    Raises:
+        ConfigError: The checkpoint does not say.
+    """
+    if engine.model_dir is None:
+        return engine.random_model.vocab_size
+    path = engine.model_dir / "config.json"
+    try:
+        return int(json.loads(path.read_text())["vocab_size"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"engine.model_dir: no vocab_size in {path} ({error})") from None
 
 
 def _require(name: str, holds: bool, rule: str, value: object) -> None:
@@ -252,4 +270,8 @@ def _arrivals_s(
     if config.arrivals == "gamma":
         return gamma_arrivals_s(config.num_prompts, config.request_rate, config.burstiness, rng)
     recorded_s = np.array([row.arrival_s for row in rows], dtype=np.float64)
+    if (np.diff(recorded_s) < 0).any():
+        raise TraceError(
+            f"{config.dataset_path}: arrivals 'trace' needs rows in order of arrival_s"
+        )
     return trace_arrivals_s(recorded_s, config.request_rate)

@@ -10,8 +10,8 @@ usage: scripts/quickstart.sh [--policy NAME[,NAME]]... [--request-rate R] [--num
                              [--config FILE]
 
 Creates .venv (once), calibrates the step latency of the embedded engine, alone and in the running
-server, then starts a real Triton server for each policy, replays perf/workloads/branch_public.csv through gRPC and compares them in
-one table. About 5 minutes after the installation.
+server, then starts a real Triton server for each policy, replays perf/workloads/branch_public.csv
+through gRPC and compares them in one table. About 5 minutes after the installation.
 
   --policy         policies to run, repeatable (irp-off,irp-eager,fixed-cap:2,taper)
   --request-rate   requests per second (0.7 of the reference rate, which follows from the profile)
@@ -24,18 +24,5 @@ USAGE
         ;;
 esac
 
-profile=results/quickstart/profile.json
-config=()
-arguments=("$@")
-for ((i = 0; i < ${#arguments[@]}; i++)); do
-    case "${arguments[i]}" in
-        --config) config=(--config "${arguments[i + 1]:?--config needs a file}") ;;
-        --config=*) config=("${arguments[i]}") ;;
-    esac
-done
-
 scripts/setup.sh
-mkdir -p results/quickstart
-.venv/bin/python -m engine_build calibrate --output "$profile" "${config[@]}"
-.venv/bin/python -m perf.host_time "$profile" "${config[@]}"
 exec .venv/bin/python -m perf.quickstart "$@"

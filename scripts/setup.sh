@@ -7,8 +7,8 @@ usage() {
     cat <<'USAGE'
 usage: scripts/setup.sh [--help]
 
-Creates .venv (Python 3.10 to 3.12, 3.11 preferred) and installs the project with pinned
-dependencies. Does nothing when nothing has changed since the last run.
+Creates .venv (Python 3.10 to 3.12, 3.11 preferred) and installs the project, with pinned
+dependencies on 3.11. Does nothing when nothing has changed since the last run.
 
 environment:
   PYTHON   interpreter to create .venv with (default: python3.11, python3.12 or python3.10)
@@ -45,8 +45,12 @@ if [[ ! -x .venv/bin/python ]]; then
     python="$(find_python)"
     "$python" -m venv .venv
 fi
-pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check -c scripts/constraints.txt)
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+# The pins are those of Python 3.11; some of them do not exist for others.
+if [[ "$(.venv/bin/python -c 'import sys; print(sys.version_info[:2])')" == "(3, 11)" ]]; then
+    pip+=(-c scripts/constraints.txt)
+fi
 # torch first and by itself, so that a CPU build already present is kept by what follows.
-"${pip[@]}" torch
+"${pip[@]}" "torch>=2.11,<2.14"
 "${pip[@]}" --editable '.[dev]'
 echo "$inputs" >"$stamp"

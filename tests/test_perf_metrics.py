@@ -111,7 +111,7 @@ def test_stretch_and_e2el_are_scored_when_asked():
     assert SLO.is_met(r)
     assert not SloScore(ttft_ms=1000, tpot_ms=100, stretch=0.5).is_met(r)
     assert not SloScore(e2el_ms=500).is_met(r)
-    with pytest.raises(ValueError, match="stretch needs tpot"):
+    with pytest.raises(ValueError, match="stretch is relative to TPOT"):
         SloScore(stretch=2)
 
 
