@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from programs import expected_outputs, requests
+from toy_engine import toy_profile
 from transformers import Qwen3Config as HfConfig
 from transformers import Qwen3ForCausalLM
 
-from taper_trtllm.config import ConfigError, EngineConfig, RandomModelConfig
+from taper_trtllm.config import ConfigError, EngineConfig, RandomModelConfig, SchedulerConfig
 from taper_trtllm.engines import create_engine
 from taper_trtllm.engines.base import (
     Engine,
@@ -23,7 +29,9 @@ from taper_trtllm.engines.base import (
 from taper_trtllm.engines.checkpoint import random_checkpoint, random_weights
 from taper_trtllm.engines.qwen3 import Qwen3Config
 from taper_trtllm.engines.sampling import draw_tokens
-from taper_trtllm.request import SamplingParams
+from taper_trtllm.executor import TaperExecutor
+from taper_trtllm.output import RequestOutput
+from taper_trtllm.request import ForkJoinRequest, RequestLimits, SamplingParams, SloTarget
 
 MODEL = RandomModelConfig(
     hidden_size=64, num_hidden_layers=2, head_dim=16, intermediate_size=96, vocab_size=512, seed=3
@@ -218,8 +226,61 @@ def test_random_families_equal_unbatched_generation(
     assert families.num_joined > 3 and families.num_orphaned > 0
     assert families.num_preempted > 10 and families.num_recomputed > 100
     assert len({token for _, drawn in families.runs for token in drawn}) > 50
-    for given, drawn in filter(lambda run: run[1], families.runs):
-        assert drawn == generate(oracle, given, len(drawn))
+    for context, drawn in filter(lambda run: run[1], families.runs):
+        assert drawn == generate(oracle, context, len(drawn))
+
+
+# Rule 4, whole: executor, policy and engine together.
+@pytest.mark.parametrize("policy", ["irp-off", "irp-eager", "fixed-cap:2", "taper"])
+@settings(max_examples=8, deadline=None, derandomize=True)
+@given(
+    drawn=st.lists(requests(2), min_size=2, max_size=3), num_kv_blocks=st.sampled_from((250, 2048))
+)
+def test_programs_under_a_policy_equal_unbatched_generation(
+    oracle: Qwen3ForCausalLM, policy: str, drawn: list[ForkJoinRequest], num_kv_blocks: int
+) -> None:
+    engine = create_engine(CONFIG.model_copy(update={"num_kv_blocks": num_kv_blocks}))
+    scheduler = SchedulerConfig(
+        policy=policy, max_num_requests=4, max_batch_size=64, max_prefill_tokens=8
+    )
+    slo = SloTarget(ttft_ms=200, tpot_ms=5)
+    executor = TaperExecutor(engine, toy_profile(), scheduler, RequestLimits(), slo)
+    streamed: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+
+    def take(output: RequestOutput) -> None:
+        assert output.error is None
+        for branch in output.branches:
+            key = output.request_id, branch.branch_path, branch.stage_index
+            streamed[key].extend(branch.token_ids)
+
+    greedy = [
+        request.model_copy(
+            update={
+                "request_id": f"r{i}",
+                "sampling": request.sampling.model_copy(update={"temperature": 0.0}),
+            }
+        )
+        for i, request in enumerate(drawn)
+    ]
+    for request in greedy:
+        executor.submit(request, take)
+        executor.run_once()
+    while executor.num_open_requests:
+        executor.run_once()
+
+    assert engine.num_free_blocks == num_kv_blocks
+    for request in greedy:
+        stop_ids = request.sampling.stop_ids
+
+        def alone(
+            path: str, context: Sequence[int], n: int, stop_ids: frozenset[int] = stop_ids
+        ) -> list[int]:
+            new = generate(oracle, list(context), n)
+            ends = [i for i, token in enumerate(new) if token in stop_ids]
+            return new[: ends[0] + 1] if ends else new
+
+        for (path, stage), tokens in expected_outputs(request, alone).items():
+            assert streamed[request.request_id, path, stage] == tokens
 
 
 # ------------------------------------------------------------------ fork and join in detail
