@@ -1,15 +1,17 @@
 """Does the simulation predict the live server? ``python -m perf.agreement SWEEP_DIR``.
 
 Every cell of a finished live sweep is run again in virtual time: the same profile, regime, requests
-and arrivals. Host time per step that the profile does not contain (`perf.host_time`) is taken from
-the irp-off cells alone; the other policies are then predictions. The bar is the spread of the live
-repetitions or 15 %, whichever is larger.
+and arrivals. Host time per step beyond the profile's (`perf.host_time`) grows with the load, since
+engine, server and client share two cores; it is taken from the irp-off cells of each load, and the
+other policies are then predictions. The bar is the spread of the live repetitions or 15 %, whichever
+is larger.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -114,14 +116,14 @@ def simulate_cell(
     return Figures(float(np.mean(steps_ms)), tokens / window_s)
 
 
-def host_overhead_ms(sweep: LiveSweep, profile_path: Path) -> float:
-    """Time per step that the profile does not know, from the cells of one policy."""
-    gaps = [
-        cell["mean_step_ms"] - simulate_cell(sweep, profile_path, cell, 0.0).mean_step_ms
-        for cell in sweep.cells
-        if cell["policy"] == _CALIBRATING_POLICY
-    ]
-    return max(0.0, float(np.mean(gaps)))
+def host_overhead_ms(sweep: LiveSweep, profile_path: Path) -> dict[float, float]:
+    """Time per step that the profile does not know, by load, from the cells of one policy."""
+    gaps: dict[float, list[float]] = defaultdict(list)
+    for cell in sweep.cells:
+        if cell["policy"] == _CALIBRATING_POLICY:
+            simulated_ms = simulate_cell(sweep, profile_path, cell, 0.0).mean_step_ms
+            gaps[cell["load"]].append(cell["mean_step_ms"] - simulated_ms)
+    return {load: max(0.0, float(np.mean(values))) for load, values in sorted(gaps.items())}
 
 
 def agreement_table(
@@ -165,10 +167,14 @@ def main() -> int:
     profile_path = arguments.directory / "profile.json"
     console = Console()
     overhead_ms = host_overhead_ms(sweep, profile_path)
-    console.print(f"host time per step, from {_CALIBRATING_POLICY}: {overhead_ms:.2f} ms")
+    if missing := {cell["load"] for cell in sweep.cells} - overhead_ms.keys():
+        print(f"error: no cell of {_CALIBRATING_POLICY} at load {min(missing):g}", file=sys.stderr)
+        return 1
+    text = ", ".join(f"{ms:.2f} ms at {load:g}" for load, ms in overhead_ms.items())
+    console.print(f"host time per step beyond the profile's, from {_CALIBRATING_POLICY}: {text}")
     cells = sweep.cells
     simulated = [
-        simulate_cell(sweep, profile_path, cell, overhead_ms)
+        simulate_cell(sweep, profile_path, cell, overhead_ms[cell["load"]])
         for cell in track(cells, "simulating", console=console)
     ]
     live = [Figures(cell["mean_step_ms"], cell["token_goodput"]) for cell in cells]
