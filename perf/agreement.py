@@ -3,8 +3,8 @@
 Every cell of a finished live sweep is run again in virtual time: the same profile, regime, requests
 and arrivals. Host time per step beyond the profile's (`perf.host_time`) grows with the load, since
 engine, server and client share two cores; it is taken from the irp-off cells of each load, and the
-other policies are then predictions. The bar is the spread of the live repetitions or 15 %, whichever
-is larger.
+other policies are then predictions. The bar is the spread of the live repetitions or 15 %,
+whichever is larger.
 """
 
 from __future__ import annotations

@@ -522,3 +522,21 @@ def test_requests_that_missed_their_ttft_wait_for_those_that_can_be_in_time(late
     else:
         assert order == ["running", "in time", "late-0", "late-1"]
     assert all(collect.last(i).finish_reason == "completed" for i in order)
+
+
+def test_an_observer_that_fails_is_called_no_more_and_nothing_else_ends():
+    engine, collector, records = ToyEngine(), Collector(), []
+    executor = make_executor(engine)
+
+    def full_disk(record):
+        records.append(record)
+        raise OSError("no space left on device")
+
+    executor.add_step_observer(full_disk)
+    later = []
+    executor.add_step_observer(later.append)
+    request = fan_out("r", 3)
+    executor.submit(request, collector)
+    run_to_end(executor, engine)
+    assert collector.tokens("r") == alone(request)
+    assert len(records) == 1 and len(later) > 3

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from toy_engine import toy_profile
+from toy_engine import ToyEngine, toy_profile
 
 from engine_build.calibrate import Calibrator, Grid
 from perf.host_time import HostTimeError, add_host_time, host_ms
@@ -38,6 +38,14 @@ def test_every_predicted_step_grows_by_the_host_time():
     for width in (1, 7, 64):
         alone_ms, served_ms = (p.predict_step_ms(width, 100 * width) for p in (before, after))
         assert served_ms - alone_ms == pytest.approx(2.0, abs=0.05)
+
+
+@pytest.mark.parametrize("num_kv_blocks", [560, 700, 1500])
+def test_every_pool_that_can_be_calibrated_gives_a_profile(num_kv_blocks):
+    """A width that fits at one context alone cannot be fitted, and is left out."""
+    grid = Grid((1, 8, 24, 48, 96), (32, 128), prefill_tokens=(32,), repetitions=2, num_checks=2)
+    profile, _ = Calibrator(ToyEngine(num_kv_blocks=num_kv_blocks), grid).measure({})
+    assert {p.width for p in profile.decode} >= {1, 8}
 
 
 @pytest.mark.triton

@@ -1,0 +1,46 @@
+"""Configurations that cannot be served are refused by field, before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from perf.workload import vocab_size_of
+from taper_trtllm.config import ConfigError, EngineConfig, load_config, parse_config
+from taper_trtllm.profile import ProfileError, load_profile
+
+BAD = [
+    ({"engine": {"device": "gpu"}}, r"engine\.device: .*pattern"),
+    ({"engine": {"random_model": {"head_dim": 33}}}, r"engine\.random_model: .*head_dim"),
+    (
+        {"engine": {"random_model": {"num_attention_heads": 8, "num_key_value_heads": 3}}},
+        r"engine\.random_model: .*multiple of num_key_value_heads",
+    ),
+    ({"scheduler": {"margin": 1.0}}, r"scheduler\.margin: .*less than 1"),
+    ({"scheduler": {"max_num_requests": 9, "max_batch_size": 8}}, "scheduler: .*max_batch_size"),
+    ({"limits": {"max_total_tokens": 1 << 20}}, "limits.max_total_tokens"),
+    ({"shceduler": {}}, "shceduler: "),
+]
+
+
+@pytest.mark.parametrize(("data", "message"), BAD)
+def test_a_bad_field_is_named(data, message):
+    with pytest.raises(ConfigError, match=message):
+        parse_config(data)
+
+
+def test_files_that_are_not_text_are_refused(tmp_path):
+    path = tmp_path / "binary"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="binary is not UTF-8 text"):
+        load_config(path)
+    with pytest.raises(ProfileError, match="binary is not UTF-8 text"):
+        load_profile(path)
+
+
+def test_workloads_take_the_vocabulary_of_the_checkpoint(tmp_path):
+    engine = EngineConfig(model_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"engine\.model_dir: no vocab_size"):
+        vocab_size_of(engine)
+    (tmp_path / "config.json").write_text('{"vocab_size": 321}')
+    assert vocab_size_of(engine) == 321
+    assert vocab_size_of(EngineConfig()) == 8192
