@@ -36,12 +36,11 @@ from taper_trtllm.request import (
 from taper_trtllm.request_gate import RequestGate
 from taper_trtllm.sequence_table import SequenceTable
 from taper_trtllm.slo import SlackTracker
+from taper_trtllm.start_gate import StartGate
 from taper_trtllm.step_trace import StepLog
 from taper_trtllm.waiting_queue import WaitingQueue
 
 logger = logging.getLogger(__name__)
-
-_SURPLUS_MEMORY_STEPS = 50
 
 
 class RequestHandle:
@@ -120,10 +119,12 @@ class TaperExecutor:
         self._wake = threading.Event()
         # Owned by the driving thread.
         self._waiting = WaitingQueue(scheduler.late_requests)
+        self._start_gate = StartGate(
+            scheduler.request_admission, self._predictor, scheduler.margin, slo.tpot_ms
+        )
         self._running: list[LiveRequest] = []  # oldest first
         self._families = itertools.count()
         self._previous_completion_s: float | None = None
-        self._mean_surplus_ms = 0.0
         self._observers: list[Callable[[StepRecord], None]] = []
         self._step_log: StepLog | None = None
         self.records: deque[StepRecord] = deque(maxlen=scheduler.max_step_records)
@@ -344,7 +345,8 @@ class TaperExecutor:
             request = self._waiting.peek(now_s)
             if request is None or request.num_reserved_blocks > unreserved:
                 return
-            if not self._has_time_for(request, now_s):
+            baseline_ms = self._planner.baseline_ms
+            if not self._start_gate.has_time(self._running, request, now_s, baseline_ms):
                 return
             unreserved -= request.num_reserved_blocks
             request.start(self._sequences)
@@ -353,26 +355,6 @@ class TaperExecutor:
             self._running.sort(key=lambda r: r.family)
             with self._lock:
                 self._gate.start(request.request.request_id)
-
-    def _has_time_for(self, request: LiveRequest, now_s: float) -> bool:
-        """Whether one sequence of every request, this one included, still keeps the objectives.
-
-        Without this, requests are started until memory or slots end, and when T0 alone exceeds the
-        TPOT objective all of them miss it. Those that cannot meet theirs anyway do not count, and
-        an objective that is tighter than the server's own holds nobody else up.
-        """
-        is_bound = self._scheduler.request_admission == "tpot" and not request.has_started_decoding
-        if not is_bound or not self._running:
-            return True
-        requests = [*self._running, request]
-        step_ms = self._mean_surplus_ms + self._predictor.predict_step_ms(
-            len(requests), sum(r.num_context_tokens for r in requests)
-        )
-        return not any(
-            step_ms > (1 - self._scheduler.margin) * max(r.tracker.slo.tpot_ms, self._slo.tpot_ms)
-            and r.is_savable(now_s, self._planner.baseline_ms)
-            for r in requests
-        )
 
     def _requeue(self, request: LiveRequest) -> None:
         """Suspends a request; it comes back when its whole footprint can be reserved."""
@@ -392,10 +374,10 @@ class TaperExecutor:
         step_ms = (result.completed_at_s - (started_s if began_s is None else began_s)) * 1e3
         self._previous_completion_s = result.completed_at_s
         if len(result.decoded) == len(planned.plan.decode):
-            self._predictor.observe(
-                len(result.decoded), planned.num_context_tokens, planned.prefill, step_ms
-            )
-            self._note_surplus(planned, step_ms)
+            width, context_tokens = len(result.decoded), planned.num_context_tokens
+            self._predictor.observe(width, context_tokens, planned.prefill, step_ms)
+            has_prefill = planned.prefill.num_tokens > 0
+            self._start_gate.observe(width, context_tokens, has_prefill, step_ms)
         owners = {request.family: request for request in self._running}
         failures = self._failures(owners, result)
         outputs = self._advance(owners, planned, result)
@@ -414,19 +396,6 @@ class TaperExecutor:
             except Exception:
                 logger.exception("a step observer failed; it is called no more")
                 self._observers.remove(observer)
-
-    def _note_surplus(self, planned: PlannedStep, step_ms: float) -> None:
-        """Follows what steps take beyond decode in the mean: prefill, and what nobody foresaw.
-
-        Without prefill to explain it, a long pause counts for half a step.
-        """
-        width = len(planned.plan.decode)
-        if width:
-            decode_ms = self._predictor.predict_step_ms(width, planned.num_context_tokens)
-            surplus_ms = max(0.0, step_ms - decode_ms)
-            if not planned.prefill.num_tokens:
-                surplus_ms = min(surplus_ms, 0.5 * decode_ms)
-            self._mean_surplus_ms += (surplus_ms - self._mean_surplus_ms) / _SURPLUS_MEMORY_STEPS
 
     def _failures(
         self, owners: dict[int, LiveRequest], result: StepResult

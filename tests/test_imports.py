@@ -46,7 +46,7 @@ FLOORS = [  # imports run downward only
         "step_trace",
         "tokenizer",
     },
-    {"planner", "tensors", "waiting_queue"},
+    {"planner", "start_gate", "tensors", "waiting_queue"},
     {"executor"},
     {"executor_process"},
     {"response_stream"},
