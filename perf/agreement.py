@@ -163,7 +163,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m perf.agreement", description=__doc__)
     parser.add_argument("directory", type=Path, help="output directory of a live sweep")
     arguments = parser.parse_args()
-    sweep = read_sweep(arguments.directory)
+    try:
+        sweep = read_sweep(arguments.directory)
+    except (OSError, ValueError, KeyError) as error:
+        print(f"error: {arguments.directory} is not a finished sweep: {error}", file=sys.stderr)
+        return 1
     profile_path = arguments.directory / "profile.json"
     console = Console()
     overhead_ms = host_overhead_ms(sweep, profile_path)

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+from taper_trtllm.config import ConfigError, load_config
 from taper_trtllm.triton_install import TritonServerError, find_installation, libpython_dir
 
 MODEL_NAME = "taper"
@@ -315,8 +316,8 @@ def main() -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, _interrupt)
     try:
-        if arguments.config is not None and not arguments.config.is_file():
-            raise TritonServerError(f"--config: no such file: {arguments.config}")
+        if arguments.config is not None:
+            load_config(arguments.config)  # a mistake is found here, not in the server's log
         with TritonServer(**vars(arguments)) as server:
             print(
                 f"serving `{MODEL_NAME}` on {arguments.host}: gRPC {server.grpc_port}, "
@@ -327,7 +328,7 @@ def main() -> int:
             while True:
                 server.check_alive()
                 time.sleep(0.5)
-    except TritonServerError as error:
+    except (ConfigError, TritonServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
