@@ -8,6 +8,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,7 @@ def default_filename(result: dict[str, Any], now: datetime) -> str:
     return f"{label}-{rate}qps{concurrency}-{result['model_id']}-{date}.json"
 
 
+@cache
 def git_sha() -> str | None:
     """Commit of the working tree; None outside of one."""
     try:

@@ -252,7 +252,7 @@ class StepPlanner:
         local, remote = self._prefill_places(running)
         chunks = [_whole(running[index].prefill_needs[0]) for index in remote[:room]]
         load = PrefillLoad()
-        gate = self._prefill_gate(running, ready, now_s)
+        gate = self._prefill_gate([running[index] for index in local], ready, now_s)
         for index in sorted(local, key=lambda index: not running[index].has_started_decoding):
             request = running[index]
             for need in request.prefill_needs:
@@ -291,7 +291,7 @@ class StepPlanner:
         return need.is_prompt and self._engine.capabilities.disaggregated_prefill
 
     def _prefill_gate(
-        self, running: Sequence[LiveRequest], ready: _Ready, now_s: float
+        self, needy: Sequence[LiveRequest], ready: _Ready, now_s: float
     ) -> PrefillGate | None:
         """The gate that prefill passes in this step; None where nobody in decode would wait."""
         if self._scheduler.prefill_chunking == "full" or not ready.requests:
@@ -302,10 +302,8 @@ class StepPlanner:
                 request.tracker.ttft_left_ms(now_s),
                 request.tracker.slo.ttft_ms,
             )
-            for request in running
+            for request in needy
             if not request.has_started_decoding
-            and request.prefill_needs
-            and not self._is_remote(request.prefill_needs[0])
         ]
         batch = ready.batch
         return PrefillGate(

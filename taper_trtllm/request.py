@@ -228,7 +228,7 @@ def build_request(**fields: Any) -> ForkJoinRequest:
         if not request.stages and request.max_tokens is None:
             raise RequestError("max_tokens", "required when stages is not given")
         # Here, before anything else walks the program: a hostile one nests hundreds deep.
-        _limit("stages", fork_depth(request.program), MAX_DEPTH, "nested parallel stages")
+        check_limit("stages", fork_depth(request.program), MAX_DEPTH, "nested parallel stages")
     except RecursionError:
         raise RequestError("stages", f"nested deeper than {MAX_DEPTH}") from None
     except ValidationError as error:
@@ -243,18 +243,18 @@ def check_request(request: ForkJoinRequest, limits: RequestLimits, vocab_size: i
         RequestError: Names the field, the value and the limit.
     """
     num_prompt = len(request.input_ids)
-    _limit("input_ids", num_prompt, limits.max_prompt_tokens, "prompt tokens")
+    check_limit("input_ids", num_prompt, limits.max_prompt_tokens, "prompt tokens")
     program = request.program
-    _limit("stages", fork_depth(program), limits.max_depth, "nested parallel stages")
+    check_limit("stages", fork_depth(program), limits.max_depth, "nested parallel stages")
     _check_fan_out(program, limits.max_fan_out, "stages")
-    _limit("stages", max_live_leaves(program), limits.max_leaves, "leaves live at a time")
+    check_limit("stages", max_live_leaves(program), limits.max_leaves, "leaves live at a time")
     num_new = max_new_tokens(program)
     if request.max_tokens is not None and num_new > request.max_tokens:
         raise RequestError(
             "max_tokens", f"{request.max_tokens} does not cover the {num_new} tokens of stages"
         )
     total = num_prompt + max_context_tokens(program)
-    _limit(
+    check_limit(
         "stages" if request.stages else "max_tokens", total, limits.max_total_tokens, "total tokens"
     )
     _check_ids("input_ids", request.input_ids, vocab_size)
@@ -264,7 +264,12 @@ def check_request(request: ForkJoinRequest, limits: RequestLimits, vocab_size: i
     _check_ids("end_id", () if end_id is None else (end_id,), vocab_size)
 
 
-def _limit(field: str, value: int, limit: int, what: str) -> None:
+def check_limit(field: str, value: int, limit: int, what: str) -> None:
+    """Refuses `value` things of a field that may have `limit`.
+
+    Raises:
+        RequestError: Names the field, the value and the limit.
+    """
     if value > limit:
         raise RequestError(field, f"{value} {what} exceed the limit of {limit}")
 
@@ -274,7 +279,7 @@ def _check_fan_out(
 ) -> None:
     for i, stage in enumerate(program):
         if isinstance(stage, ParallelStage):
-            _limit(f"{at}[{i}].branches", len(stage.branches), max_fan_out, "branches")
+            check_limit(f"{at}[{i}].branches", len(stage.branches), max_fan_out, "branches")
             for j, branch in enumerate(stage.branches):
                 _check_fan_out(branch.program, max_fan_out, f"{at}[{i}].branches[{j}].stages")
 

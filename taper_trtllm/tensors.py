@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from taper_trtllm.request import (
     ForkJoinRequest,
     RequestError,
     build_request,
+    check_limit,
     parse_stages,
 )
 from taper_trtllm.tokenizer import IncrementalDecoder, Tokenizer, encode_text, resolve_texts
@@ -159,22 +160,16 @@ def _prompt_ids(
         if not text:
             raise RequestError("text_input", "must not be empty")
         ids = encode_text(tokenizer, "text_input", text, is_prompt=True)
-        if len(ids) > max_prompt_tokens:
-            _refuse_length("text_input", len(ids), "prompt tokens", max_prompt_tokens)
+        check_limit("text_input", len(ids), max_prompt_tokens, "prompt tokens")
         return ids
     return _ids(tensors, "input_ids", "prompt tokens", max_prompt_tokens)
 
 
 def _ids(tensors: Mapping[str, Array], name: str, what: str, limit: int) -> list[int]:
     """A tensor as a list, if it is short enough to become Python objects."""
-    if tensors[name].size > limit:
-        _refuse_length(name, tensors[name].size, what, limit)
+    check_limit(name, tensors[name].size, limit, what)
     ids: list[int] = tensors[name].tolist()
     return ids
-
-
-def _refuse_length(name: str, num: int, what: str, limit: int) -> NoReturn:
-    raise RequestError(name, f"{num} {what} exceed the limit of {limit}")
 
 
 def _sampling(tensors: Mapping[str, Array], tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -210,8 +205,7 @@ def _scalar(tensors: Mapping[str, Array], name: str) -> Any:
         return float(str(value))  # 0.7 as FP32 is the client's 0.7, not 0.699999988
     if isinstance(value, np.generic):
         return value.item()
-    if len(value) > MAX_STRING_BYTES:
-        raise RequestError(name, f"{len(value)} bytes exceed the limit of {MAX_STRING_BYTES}")
+    check_limit(name, len(value), MAX_STRING_BYTES, "bytes")
     try:
         return value.decode()
     except UnicodeDecodeError as error:
