@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from perf.step_rivals import StandaloneKernels, continuous_batching
-from taper_trtllm.config import EngineConfig, RandomModelConfig
+from taper_trtllm.config import RandomModelConfig, TorchEngineConfig
 from taper_trtllm.engines import create_engine
 from taper_trtllm.engines.base import PrefillChunk, SequenceParams, StepPlan
 from taper_trtllm.engines.checkpoint import random_checkpoint
@@ -43,9 +43,9 @@ _PREFILL_TOKENS = 64  # per sequence and step, so that blocks of all sequences i
 def decoding_engine(prompts: list[list[int]], max_new_tokens: int) -> Callable[[], None]:
     """An engine in which all prompts are prefilled; calling the result decodes one step."""
     max_seq_len = len(prompts[0]) + max_new_tokens
-    blocks = len(prompts) * (-(-max_seq_len // EngineConfig().tokens_per_block) + 1)
+    blocks = len(prompts) * (-(-max_seq_len // TorchEngineConfig().tokens_per_block) + 1)
     engine = create_engine(
-        EngineConfig(random_model=MODEL, num_kv_blocks=blocks, max_seq_len=max_seq_len)
+        TorchEngineConfig(random_model=MODEL, num_kv_blocks=blocks, max_seq_len=max_seq_len)
     )
     params = SequenceParams(SamplingParams(), seed=0)
     for i, prompt in enumerate(prompts):

@@ -44,6 +44,7 @@ def random_batch(num_sequences: int, rng: np.random.Generator) -> BatchState:
         context_tokens=rng.integers(100, 4000, size=num_sequences),
         num_generated=rng.integers(0, 300, size=num_sequences),
         last_advanced=rng.integers(0, 50, size=num_sequences),
+        holding=np.zeros(num_sequences, dtype=np.bool_),
         blocks_needed=(rng.random(num_sequences) < 1 / _TOKENS_PER_BLOCK).astype(np.int64),
         slack_ms=tpot_slo_ms * rng.uniform(0.5, 20.0, size=num_requests),
         tpot_slo_ms=tpot_slo_ms,

@@ -20,7 +20,7 @@ from perf.program import ProgramCost, program_cost
 from perf.trace import read_trace
 from perf.workload import DEFAULT_TRACE, WorkloadConfig, make_request, vocab_size_of
 from taper_trtllm.batch import PrefillLoad
-from taper_trtllm.config import ConfigError, EngineConfig, ServingConfig, load_config
+from taper_trtllm.config import ConfigError, ServingConfig, TorchEngineConfig, load_config
 from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.profile import ProfileError, load_profile
 from taper_trtllm.request import RequestError, RequestLimits, SloTarget
@@ -141,7 +141,7 @@ def trace_costs(
     length_scale: float,
     prompt_scale: float,
     limits: RequestLimits,
-    engine: EngineConfig,
+    engine: TorchEngineConfig,
 ) -> list[ProgramCost]:
     """Costs of every row of a trace that the limits admit."""
     config = WorkloadConfig(
@@ -230,7 +230,7 @@ def _chunk_budget(
     predictor: StepLatencyPredictor,
     context: float,
     limit_ms: float,
-    engine: EngineConfig,
+    engine: TorchEngineConfig,
 ) -> int:
     budget = block = engine.tokens_per_block
     while budget < engine.max_seq_len:

@@ -41,6 +41,7 @@ POLICIES = (
 )
 
 _MAX_GENERATED = 1 << 20  # tokens of one branch; far beyond any context length
+_AFTER_ALL = 1 << 62  # added to a sort key
 
 _Refusals = list[tuple[IntArray, RefusalReason]]
 
@@ -206,10 +207,11 @@ class TaperPolicy:
 
 
 def _least_recent_leaves(batch: BatchState) -> IntArray:
-    """Per request the leaf that waited longest; ties to program order."""
+    """Per request the leaf that waited longest, among those that hold a place if there are any."""
     num = batch.num_leaves
     key = batch.last_advanced * num + np.arange(num)
-    oldest: IntArray = np.minimum.reduceat(key, batch.first_leaf) % num
+    key[~batch.holding] += _AFTER_ALL
+    oldest: IntArray = (np.minimum.reduceat(key, batch.first_leaf) % _AFTER_ALL) % num
     return oldest
 
 
@@ -223,7 +225,7 @@ def _ordered_extras(batch: BatchState, baseline: IntArray) -> IntArray:
     """Extras by token per marginal cost, least progressed first inside a request.
 
     A token costs what its leaf's context costs to read. A request is ranked by its shortest one, so
-    that its leaves keep their order by progress.
+    that its leaves keep their order by progress. Those that hold a place go before all others.
     """
     num_requests, num_leaves = batch.num_requests, batch.num_leaves
     if num_leaves == num_requests:
@@ -235,6 +237,7 @@ def _ordered_extras(batch: BatchState, baseline: IntArray) -> IntArray:
     key += batch.num_generated
     key *= num_leaves
     key += np.arange(num_leaves)
+    key[~batch.holding] += _AFTER_ALL
     key[baseline] = -1  # ahead of all extras
     order: IntArray = key.argsort()
     return order[num_requests:]

@@ -61,7 +61,9 @@ class BatchState:
         context_tokens: [L] tokens whose KV the leaf's next step reads.
         num_generated: [L] tokens decoded in the leaf's branch so far.
         last_advanced: [L] step in which the leaf was last advanced.
-        blocks_needed: [L] KV blocks that its next token would take.
+        holding: [L] it holds a place on a lease engine; to leave it out costs a re-entry.
+        blocks_needed: [L] KV blocks that its next token would take; its next lease, on a lease
+            engine.
         slack_ms: [R] time to the request's next deadline (`slo.py`).
         tpot_slo_ms: [R] its TPOT objective.
         savable: [R] it can still meet its objective.
@@ -78,6 +80,7 @@ class BatchState:
     context_tokens: IntArray
     num_generated: IntArray
     last_advanced: IntArray
+    holding: BoolArray
     blocks_needed: IntArray
     slack_ms: FloatArray
     tpot_slo_ms: FloatArray

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from taper_trtllm.request import RequestLimits, SloTarget
 
@@ -42,11 +48,10 @@ class RandomModelConfig(_Model):
         return self
 
 
-class EngineConfig(_Model):
-    """Which engine runs, and how much it may use.
+class TorchEngineConfig(_Model):
+    """The embedded engine, and how much it may use.
 
     Attributes:
-        kind: Engine implementation.
         model_dir: Local Hugging Face directory of a Qwen3; None serves `random_model`.
         device: torch device.
         dtype: torch dtype name.
@@ -64,6 +69,54 @@ class EngineConfig(_Model):
     num_kv_blocks: _PositiveInt = 4096
     max_batch_size: _PositiveInt = 512
     max_seq_len: _PositiveInt = 8192
+
+
+class TrtllmEngineConfig(_Model):
+    """A compiled TensorRT-LLM engine under its C++ executor (`engines/trtllm.py`).
+
+    Attributes:
+        engine_dir: What `python -m engine_build build` wrote.
+        model_dir: Local Hugging Face directory of the model, for its tokenizer; None to take and
+            return token ids alone.
+        bindings: Python module with the executor's bindings.
+        mode: ``lease``: places end after their tokens, or when a plan leaves them out; ``slice``:
+            places end after their tokens only; ``lockstep``: one token a time, exactly as planned,
+            for tests and ablations: it takes three iterations for one.
+        lease_tokens: Tokens of a place that leaves compete for.
+        min_lease_steps: A place is kept so many iterations at least (hysteresis).
+        kv_cache_tokens: Size of the KV pool; None for what the memory share gives.
+        kv_cache_free_gpu_memory_fraction: Share of the free GPU memory that the KV pool takes.
+        retention_s: How long the KV of parked branches and of their prefix is kept ahead of what
+            nobody will come back to.
+        communication_mode: ``leader``: one process per rank, started by mpirun. ``orchestrator``:
+            this process starts the workers.
+        worker_executable: The executor worker, for ``orchestrator``.
+        iteration_timeout_s: The engine counts as lost when no iteration ends for so long.
+    """
+
+    kind: Literal["trtllm"]
+    engine_dir: Path
+    model_dir: Path | None = None
+    bindings: str = "tensorrt_llm.bindings.executor"
+    mode: Literal["lease", "slice", "lockstep"] = "lease"
+    lease_tokens: _PositiveInt = 32
+    min_lease_steps: _PositiveInt = 4
+    kv_cache_tokens: _PositiveInt | None = None
+    kv_cache_free_gpu_memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    retention_s: Annotated[float, Field(gt=0)] = 60.0
+    communication_mode: Literal["leader", "orchestrator"] = "leader"
+    worker_executable: Path | None = None
+    iteration_timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+    @model_validator(mode="after")
+    def _orchestrator_has_a_worker(self) -> TrtllmEngineConfig:
+        if self.communication_mode == "orchestrator" and self.worker_executable is None:
+            raise ValueError("worker_executable is required with communication_mode: orchestrator")
+        return self
+
+
+EngineConfig = Annotated[TorchEngineConfig | TrtllmEngineConfig, Field(discriminator="kind")]
+_KINDS = {"torch", "trtllm"}
 
 
 class SchedulerConfig(_Model):
@@ -125,15 +178,25 @@ class ServingConfig(_Model):
         step_log: JSONL file that receives every step record; None for none.
     """
 
-    engine: EngineConfig = EngineConfig()
+    engine: EngineConfig = TorchEngineConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     limits: RequestLimits = RequestLimits()
     slo: SloTarget = SloTarget(ttft_ms=2000, tpot_ms=50)
     profile: Path | None = None
     step_log: Path | None = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _embedded_by_default(cls, data: Any) -> Any:
+        """The embedded engine unless another is named."""
+        if isinstance(data, dict) and isinstance(engine := data.get("engine"), dict):
+            return {**data, "engine": {"kind": "torch", **engine}}
+        return data
+
     @model_validator(mode="after")
     def _fits(self) -> ServingConfig:
+        if not isinstance(self.engine, TorchEngineConfig):
+            return self  # its limits are in the engine directory
         if self.scheduler.max_batch_size > self.engine.max_batch_size:
             raise ValueError("scheduler.max_batch_size must not exceed engine.max_batch_size")
         if self.limits.max_total_tokens > self.engine.max_seq_len:
@@ -149,12 +212,17 @@ def parse_config(data: Any) -> ServingConfig:
     """
     try:
         return ServingConfig.model_validate(data or {})
-    except ValidationError as error:
+    except ValidationError as failure:
         lines = [
-            f"{'.'.join(map(str, e['loc'])) or 'configuration'}: {e['msg']}"
-            for e in error.errors(include_url=False)
+            f"{_field(error['loc']) or 'configuration'}: {error['msg']}"
+            for error in failure.errors(include_url=False)
         ]
         raise ConfigError("; ".join(lines)) from None
+
+
+def _field(loc: tuple[int | str, ...]) -> str:
+    """Path of a field as the file has it, without the kind of engine that pydantic puts in."""
+    return ".".join(str(at) for at in loc if at not in _KINDS)
 
 
 def load_config(path: str | Path) -> ServingConfig:
@@ -180,8 +248,16 @@ def load_config(path: str | Path) -> ServingConfig:
         update={
             "profile": config.profile and base / config.profile,
             "step_log": config.step_log and base / config.step_log,
-            "engine": config.engine.model_copy(
-                update={"model_dir": config.engine.model_dir and base / config.engine.model_dir}
-            ),
+            "engine": _resolve(config.engine, base),
         }
     )
+
+
+def _resolve(engine: TorchEngineConfig | TrtllmEngineConfig, base: Path) -> Any:
+    """The engine's configuration with its paths under the file's directory."""
+    paths = {
+        name: base / value
+        for name, value in engine
+        if isinstance(value, Path)  # an absolute one stays as it is
+    }
+    return engine.model_copy(update=paths)

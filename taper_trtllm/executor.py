@@ -21,7 +21,13 @@ from taper_trtllm.admission import make_policy, predictor_mode
 from taper_trtllm.batch import StepRecord
 from taper_trtllm.config import ConfigError, SchedulerConfig, ServingConfig
 from taper_trtllm.engines import create_engine
-from taper_trtllm.engines.base import Engine, EngineCapabilities, StepPlan, StepResult
+from taper_trtllm.engines.base import (
+    Engine,
+    EngineCapabilities,
+    IterationAudit,
+    StepPlan,
+    StepResult,
+)
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.live_request import LiveRequest, OutputCallback
 from taper_trtllm.output import BranchOutput, FinishReason, RequestOutput
@@ -373,11 +379,7 @@ class TaperExecutor:
         began_s = self._previous_completion_s
         step_ms = (result.completed_at_s - (started_s if began_s is None else began_s)) * 1e3
         self._previous_completion_s = result.completed_at_s
-        if len(result.decoded) == len(planned.plan.decode):
-            width, context_tokens = len(result.decoded), planned.num_context_tokens
-            self._predictor.observe(width, context_tokens, planned.prefill, step_ms)
-            has_prefill = planned.prefill.num_tokens > 0
-            self._start_gate.observe(width, context_tokens, has_prefill, step_ms)
+        self._learn(planned, result, step_ms)
         owners = {request.family: request for request in self._running}
         failures = self._failures(owners, result)
         outputs = self._advance(owners, planned, result)
@@ -387,6 +389,23 @@ class TaperExecutor:
         self.records.append(record)
         self._notify(record)
         return record
+
+    def _learn(self, planned: PlannedStep, result: StepResult, step_ms: float) -> None:
+        """What the iterations say about step times: the engine's account, or the plan's."""
+        audits = result.audits
+        if audits is None:
+            width, context_tokens = len(result.decoded), planned.num_context_tokens
+            if width != len(planned.plan.decode):
+                return
+            audit = IterationAudit(
+                result.iteration, step_ms, width, context_tokens, planned.prefill
+            )
+            audits = (audit,)
+        for audit in audits:
+            width, context_tokens = audit.width, audit.num_context_tokens
+            self._predictor.observe(width, context_tokens, audit.prefill, audit.step_ms)
+            has_prefill = audit.prefill.num_tokens > 0
+            self._start_gate.observe(width, context_tokens, has_prefill, audit.step_ms)
 
     def _notify(self, record: StepRecord) -> None:
         """Tells the observers; one that fails (a full disk, say) is called no more."""
@@ -492,7 +511,7 @@ class TaperExecutor:
             num_requests=len(planned.ready),
             num_ready=sum(num_ready for _, num_ready, _ in planned.ready),
             num_admitted=len(result.decoded),
-            num_extras=len(result.decoded) - len(planned.ready),
+            num_extras=max(0, len(result.decoded) - len(planned.ready)),
             refusals=planned.refusals,
             num_prefill_tokens=sum(result.prefilled.values()),
             num_queued=len(self._waiting),

@@ -89,17 +89,12 @@ class BranchNode:
 
     @property
     def num_fork_tokens(self) -> int:
-        """Context tokens that must have KV before children can share it.
+        """Context tokens that must have KV before children can share it: all but the last.
 
-        All of them, unless some child starts without a token of its own (it has no header): then
-        the last token stays pending, since such a child draws its first token from its logits.
+        The last one has none when a serial stage ends. Each child computes it with its header, or
+        draws its first token from it; a step for it alone would hold all of them up.
         """
-        assert isinstance(self.stage, ParallelStage)
-        if self.children:
-            own = all(child.tokens for child in self.children)
-        else:
-            own = all(branch.header_ids for branch in self.stage.branches)
-        return self.num_context_tokens - (0 if own else 1)
+        return self.num_context_tokens - 1
 
 
 @dataclass(frozen=True, slots=True)

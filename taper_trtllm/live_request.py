@@ -109,6 +109,11 @@ class LiveRequest:
         """Its first token was produced."""
         return self.tracker.first_token_s is not None
 
+    @property
+    def has_one_leaf(self) -> bool:
+        """Nothing of it runs beside its only leaf."""
+        return len(self.state.leaves) == 1
+
     def start(self, sequences: SequenceTable) -> None:
         """Registers the root; after a suspension with all the text it has."""
         root = self.state.root

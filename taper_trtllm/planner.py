@@ -17,6 +17,8 @@ from taper_trtllm.admission import AdmissionPolicy
 from taper_trtllm.batch import (
     AdmissionDecision,
     BatchState,
+    BoolArray,
+    FloatArray,
     IntArray,
     PrefillLoad,
     Refusals,
@@ -24,6 +26,7 @@ from taper_trtllm.batch import (
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.engines.base import Engine, PrefillChunk, StepPlan
 from taper_trtllm.kv_budget import KvBudget
+from taper_trtllm.lease_terms import LeaseTerms
 from taper_trtllm.live_request import LiveRequest, PrefillNeed
 from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.prefill_gate import PrefillGate, Urgency, WaitingPrompt
@@ -108,12 +111,15 @@ class StepPlanner:
     ) -> None:
         self._engine = engine
         self._sequences = sequences
+        self._is_lease = engine.capabilities.granularity == "lease"
+        self._leases = LeaseTerms(engine, sequences, predictor) if self._is_lease else None
         self._policy = policy
         self._predictor = predictor
         self._scheduler = scheduler
         self._suspend = suspend
         self._num_steps_with_extras = 0
         self._num_preempted = 0
+        self._step_ms = 0.0  # predicted for the last plan
         self.baseline_ms = 0.0
 
     def budget(self, requests: Sequence[LiveRequest]) -> KvBudget:
@@ -137,7 +143,13 @@ class StepPlanner:
         if self._num_preempted:
             ready = self._survey(running, now_s)
         chunks, prefill = self._plan_prefill(running, ready, budget, now_s)
-        return self._admit(ready, budget, chunks, prefill)
+        planned = self._admit(ready, budget, chunks, prefill)
+        self._step_ms = planned.decision.step_ms if planned.decision else 0.0
+        if self._leases is None:
+            return planned
+        return replace(
+            planned, plan=self._leases.grant(planned.plan, planned.decision, running, budget)
+        )
 
     def _survey(self, running: Sequence[LiveRequest], now_s: float) -> _Ready:
         """The ready leaves as they stand."""
@@ -154,6 +166,7 @@ class StepPlanner:
         rows = np.concatenate([_NO_ROWS, *(request.ready_rows for request in requests)])
         columns = sequences.rows(rows)
         slack_s = [request.tracker.slack_s(now_s) for request in requests]
+        tpot_ms = np.array([r.tracker.slo.tpot_ms for r in requests], dtype=np.float64)
         savable = [request.is_savable(now_s, self.baseline_ms) for request in requests]
         batch = BatchState(
             first_leaf=counts.cumsum() - counts,
@@ -161,9 +174,10 @@ class StepPlanner:
             context_tokens=columns["num_tokens"],
             num_generated=columns["num_generated"],
             last_advanced=columns["last_advanced"],
+            holding=self._is_holding(columns),
             blocks_needed=columns["blocks_needed"],
-            slack_ms=1e3 * np.array(slack_s, dtype=np.float64),
-            tpot_slo_ms=np.array([r.tracker.slo.tpot_ms for r in requests], dtype=np.float64),
+            slack_ms=self._slack_when_acted_ms(1e3 * np.array(slack_s, dtype=np.float64), tpot_ms),
+            tpot_slo_ms=tpot_ms,
             savable=np.array(savable, dtype=np.bool_),
             stage_width=_column([request.stage_width for request in requests]),
             kv_headroom_blocks=_NO_ROWS,
@@ -174,6 +188,22 @@ class StepPlanner:
         baseline = self._policy.baseline(batch) if requests else _NO_ROWS
         return _Ready(indices, requests, rows, columns, baseline, batch)
 
+    def _is_holding(self, columns: Rows) -> BoolArray:
+        holding = self._sequences.holding
+        if not holding:
+            return np.zeros(len(columns), dtype=np.bool_)
+        return np.isin(columns["sequence_id"], np.fromiter(holding, dtype=np.int64))
+
+    def _slack_when_acted_ms(self, slack_ms: FloatArray, tpot_ms: FloatArray) -> FloatArray:
+        """Slack that is left when the plan takes effect, after steps that cannot be changed.
+
+        Each of them takes its time and yields one token at least; what they may gain is not
+        counted before it is there.
+        """
+        delay = self._engine.capabilities.actuation_delay_steps
+        overrun_ms = self._step_ms - (1 - self._scheduler.margin) * tpot_ms
+        return slack_ms - delay * np.maximum(0.0, overrun_ms)
+
     # -------------------------------------------------------------------------- protection
 
     def _protect(self, running: list[LiveRequest], ready: _Ready, budget: KvBudget) -> None:
@@ -183,17 +213,25 @@ class StepPlanner:
             request.protected = self._sequences[sequence_id]
         num_tokens = np.ones(len(running), dtype=np.int64)
         blocks = np.zeros(len(running), dtype=np.int64)
+        left = ready.columns["num_stage_tokens_left"][ready.baseline]
+        num_tokens[ready.indices] = np.minimum(left, self._sequences.lease_tokens)
         blocks[ready.indices] = ready.batch.blocks_needed[ready.baseline]
         for index, request in enumerate(running):
             if not request.ready_paths:
                 need = request.prefill_needs[0]
                 request.protected = need.sequence
-                num_tokens[index] = need.num_tokens
-                if not self._is_remote(need):
-                    num_tokens[index] = min(need.num_tokens, self._scheduler.max_prefill_tokens)
+                num_tokens[index] = self._num_tokens_to_protect(need)
                 blocks[index] = self._blocks_needed(need.sequence, int(num_tokens[index]))
         if not budget.take_all(blocks):
             self._protect_one_by_one(running, num_tokens.tolist(), budget)
+
+    def _num_tokens_to_protect(self, need: PrefillNeed) -> int:
+        """What a request must have memory for, to get on with its prefill."""
+        if self._is_lease:
+            return need.num_tokens + self._lease_tokens(need)
+        if self._is_remote(need):
+            return need.num_tokens
+        return min(need.num_tokens, self._scheduler.max_prefill_tokens)
 
     def _protect_one_by_one(
         self, running: list[LiveRequest], num_tokens: list[int], budget: KvBudget
@@ -262,7 +300,13 @@ class StepPlanner:
                 if most == 0 or len(chunks) == room:
                     break
                 is_protected = need.sequence is request.protected  # its blocks are taken
-                num_tokens = min(need.num_tokens, most)
+                if self._is_lease:
+                    num_tokens = need.num_tokens
+                    if need.sequence.sequence_id in self._sequences.holding:  # it is under way
+                        chunks.append(_whole(need))
+                        continue
+                else:
+                    num_tokens = min(need.num_tokens, most)
                 if gate is not None:
                     urgency = _urgency(request, is_protected)
                     num_tokens = gate.fitting_tokens(load, num_tokens, before, urgency)
@@ -322,8 +366,14 @@ class StepPlanner:
         left = need.num_tokens + (need.sequence.node.num_stage_tokens_left if need.sample else 0)
         if not budget.fits(index, self._blocks_needed(need.sequence, left)):
             return False
+        if self._is_lease:
+            num_tokens += self._lease_tokens(need)
         budget.take(index, self._blocks_needed(need.sequence, num_tokens))
         return True
+
+    def _lease_tokens(self, need: PrefillNeed) -> int:
+        """Tokens that a sequence may draw right after its prefill, on a lease engine."""
+        return self._sequences.lease_of(need.sequence) if need.sample else 1  # 1: drawn in vain
 
     # --------------------------------------------------------------------------- admission
 
@@ -357,6 +407,7 @@ class StepPlanner:
             decode=tuple(columns["sequence_id"].tolist()),
             max_new_tokens=tuple(columns["num_stage_tokens_left"].tolist()),
             prefill=tuple(chunks),
+            num_protected=len(decision.baseline),
         )
         num_ready = np.bincount(batch.request_index)
         num_admitted = np.bincount(batch.request_index[admitted])
@@ -378,7 +429,9 @@ class StepPlanner:
 
     def _probe_is_due(self) -> bool:
         interval = self._scheduler.probe_interval_steps
-        return interval is not None and self._num_steps_with_extras % interval == interval - 1
+        if interval is None or self._is_lease:  # every extra would lose its place for it
+            return False
+        return self._num_steps_with_extras % interval == interval - 1
 
 
 def _whole(need: PrefillNeed) -> PrefillChunk:

@@ -30,7 +30,7 @@ ROW = np.dtype(
         ("num_generated", np.int64),  # decoded in the branch so far
         ("num_stage_tokens_left", np.int64),  # that its serial stage may still decode
         ("last_advanced", np.int64),  # step in which it last got a token
-        ("blocks_needed", np.int64),  # that its next token would take, if it is to decode next
+        ("blocks_needed", np.int64),  # that its next token or lease would take, if it is to decode
     ]
 )
 
@@ -66,6 +66,8 @@ class SequenceTable:
         step: Steps that were observed.
         changed: Families to which more happened than tokens in stages that go on; whoever draws
             conclusions from that clears it.
+        holding: Sequences that hold a place on a lease engine.
+        lease_tokens: Tokens that a sequence in decode must have memory for: a lease, or one step.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -73,6 +75,8 @@ class SequenceTable:
         self.tokens_per_block = engine.capabilities.tokens_per_block
         self.step = 0
         self.changed: set[int] = set()
+        self.holding: frozenset[SequenceId] = frozenset()
+        self.lease_tokens = engine.capabilities.lease_tokens or 1
         self._sequences: dict[SequenceId, LiveSequence] = {}
         self._ids = itertools.count()
         self._rows: Rows = np.zeros(0, dtype=ROW)
@@ -145,13 +149,21 @@ class SequenceTable:
 
     # ----------------------------------------------------------------------------- reading
 
+    def num_tokens(self, sequence: LiveSequence) -> int:
+        """Its tokens, pending ones included."""
+        return self._engine.num_tokens(sequence.sequence_id)
+
     def num_computed(self, sequence: LiveSequence) -> int:
         """Its tokens that have KV."""
         return self._engine.num_computed_tokens(sequence.sequence_id)
 
     def num_pending(self, sequence: LiveSequence) -> int:
         """Its tokens without KV."""
-        return self._engine.num_tokens(sequence.sequence_id) - self.num_computed(sequence)
+        return self.num_tokens(sequence) - self.num_computed(sequence)
+
+    def lease_of(self, sequence: LiveSequence) -> int:
+        """Tokens of a place that it gets in competition."""
+        return min(self.lease_tokens, sequence.node.num_stage_tokens_left)
 
     def rows(self, rows: IntArray) -> Rows:
         """A copy of some rows, as they stand after `refresh`."""
@@ -166,14 +178,15 @@ class SequenceTable:
             num_computed = engine.num_computed_tokens(sequence_id)
             is_decoding = node.status is BranchStatus.DECODING
             is_ready = is_decoding and num_tokens - num_computed == 1
+            left = node.num_stage_tokens_left if is_decoding else 0
             self._rows[sequence.row] = (
                 sequence_id,
                 num_tokens,
                 num_computed,
                 node.num_generated,
-                node.num_stage_tokens_left if is_decoding else 0,
+                left,
                 self._rows["last_advanced"][sequence.row],
-                engine.num_blocks_needed(sequence_id, 1) if is_ready else 0,
+                engine.num_blocks_needed(sequence_id, self.lease_of(sequence)) if is_ready else 0,
             )
         self._touched.clear()
 
@@ -193,6 +206,7 @@ class SequenceTable:
             New tokens by family, but for sequences that failed.
         """
         self.step += 1
+        self.holding = result.holding
         self._move(decode_rows, plan, result)
         sequences, failed = self._sequences, result.failed
         taken: defaultdict[int, NewTokens] = defaultdict(list)
@@ -204,7 +218,7 @@ class SequenceTable:
 
     def _move(self, decode_rows: IntArray, plan: StepPlan, result: StepResult) -> None:
         others = {chunk.sequence_id for chunk in plan.prefill}
-        if _went_as_planned(plan, result):
+        if self.lease_tokens == 1 and _went_as_planned(plan, result):
             moved = self._rows.take(decode_rows)
             moved["num_tokens"] += 1
             moved["num_computed"] += 1
@@ -216,6 +230,7 @@ class SequenceTable:
             self._rows.put(decode_rows, moved)
         else:
             others.update(plan.decode, result.decoded, result.tokens, result.preempted)
+            others.update(result.prefilled)
         for sequence_id in others:
             sequence = self._sequences[sequence_id]
             self.touch(sequence)

@@ -75,7 +75,7 @@ class HuggingFaceTokenizer:
 def load_tokenizer(config: EngineConfig) -> Tokenizer | None:
     """The tokenizer of the served model; None if its checkpoint comes without one."""
     if config.model_dir is None:
-        return ByteTokenizer()
+        return ByteTokenizer() if config.kind == "torch" else None
     if not (config.model_dir / "tokenizer_config.json").exists():
         return None
     return HuggingFaceTokenizer(str(config.model_dir))

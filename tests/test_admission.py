@@ -48,6 +48,7 @@ def make_batch(leaves_per_request: list[int], slack_ms: float = 50.0, **changes)
         context_tokens=zeros + 64,
         num_generated=zeros,
         last_advanced=zeros,
+        holding=np.zeros(len(zeros), dtype=np.bool_),
         blocks_needed=zeros,
         slack_ms=np.full(num_requests, slack_ms),
         tpot_slo_ms=np.full(num_requests, 10.0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from perf.workload import vocab_size_of
-from taper_trtllm.config import ConfigError, EngineConfig, load_config, parse_config
+from taper_trtllm.config import ConfigError, TorchEngineConfig, load_config, parse_config
 from taper_trtllm.profile import ProfileError, load_profile
 
 BAD = [
@@ -38,9 +38,9 @@ def test_files_that_are_not_text_are_refused(tmp_path):
 
 
 def test_workloads_take_the_vocabulary_of_the_checkpoint(tmp_path):
-    engine = EngineConfig(model_dir=tmp_path)
+    engine = TorchEngineConfig(model_dir=tmp_path)
     with pytest.raises(ConfigError, match=r"engine\.model_dir: no vocab_size"):
         vocab_size_of(engine)
     (tmp_path / "config.json").write_text('{"vocab_size": 321}')
     assert vocab_size_of(engine) == 321
-    assert vocab_size_of(EngineConfig()) == 8192
+    assert vocab_size_of(TorchEngineConfig()) == 8192

@@ -293,7 +293,7 @@ def test_every_refusal_has_a_reason_in_the_record(drawn, policy):
         assert all(isinstance(reason, RefusalReason) for _, _, reason in refused)
 
 
-def test_forking_computes_only_headers_and_takes_no_block():
+def test_forking_computes_headers_behind_the_last_token_and_takes_no_block():
     """Rule 3 and the promise of prefix reuse."""
     engine = ToyEngine(num_kv_blocks=4096)
     executor = make_executor(engine, "irp-eager", probe_interval_steps=None)
@@ -302,16 +302,17 @@ def test_forking_computes_only_headers_and_takes_no_block():
     while not any(r.state.root.children for r in executor._running):
         before = (engine.num_computed, engine.num_free_blocks)
         executor.run_once()
-    # The step that forked computed 8 one-token headers, each into a copy of the tail block.
-    assert engine.num_computed - before[0] == 8
-    assert before[1] - engine.num_free_blocks == 8
+    # The step that forked computed 8 one-token headers, each behind the last token of the stage,
+    # which fills a copy of the tail block.
+    assert engine.num_computed - before[0] == 8 * 2
+    assert before[1] - engine.num_free_blocks == 8 * 2
     run_to_end(executor, engine)
     metrics = collector.last("wide").metrics
-    assert metrics.num_reused_tokens == 8 * 8 and metrics.num_forks == 1
+    assert metrics.num_reused_tokens == 8 * 7 and metrics.num_forks == 1
     assert metrics.num_recomputed_tokens == 0
     joined = 1 + 7 * (1 + 8)  # branch 0's last token, and the texts of the others
     assert metrics.num_joined_tokens == joined - 1
-    assert engine.num_computed == 6 + 2 + 8 * (1 + 7) + joined + 2
+    assert engine.num_computed == 6 + 1 + 8 * (2 + 7) + joined + 2
 
 
 @pytest.mark.parametrize("policy", SPECS)

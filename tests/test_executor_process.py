@@ -9,10 +9,10 @@ import pytest
 from engine_build.calibrate import Calibrator, Grid
 from taper_trtllm.config import (
     ConfigError,
-    EngineConfig,
     RandomModelConfig,
     SchedulerConfig,
     ServingConfig,
+    TorchEngineConfig,
 )
 from taper_trtllm.engines import create_engine
 from taper_trtllm.executor import TaperExecutor
@@ -29,7 +29,7 @@ MODEL = RandomModelConfig(
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> ServingConfig:
-    engine_config = EngineConfig(random_model=MODEL, num_kv_blocks=256, max_batch_size=32)
+    engine_config = TorchEngineConfig(random_model=MODEL, num_kv_blocks=256, max_batch_size=32)
     path = tmp_path_factory.mktemp("profile") / "profile.json"
     grid = Grid((1, 2, 4), (8, 32), prefill_tokens=(4,), repetitions=1, num_checks=1)
     Calibrator(create_engine(engine_config), grid).measure({})[0].save(path)

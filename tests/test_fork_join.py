@@ -24,7 +24,7 @@ def test_fork_at_the_end_of_the_prompt_and_end_at_a_join():
         ParallelStage(branches=(Branch(header_ids=(7,), max_tokens=1), Branch(max_tokens=2)))
     )
     assert state.root.status is BranchStatus.FORKING
-    assert state.root.num_fork_tokens == 2  # the second branch needs the last token's logits
+    assert state.root.num_fork_tokens == 2  # the second branch draws from the last one
     a, b = state.fork(state.root)
     assert paths(state) == ["0.0", "0.1"]
     assert [type(e) for e in state.advance(a, [50])] == [TokenEvent, DoneEvent]

@@ -19,7 +19,7 @@ PURE = {
     "admission",
     "prefill_gate",
 }
-LAZY = {"engines.torch_engine"}  # imported by the function that creates it
+LAZY = {"engines.torch_engine", "engines.trtllm"}  # imported by the function that creates it
 FLOORS = [  # imports run downward only
     {"request", "output", "profile", "batch"},
     {
@@ -34,10 +34,15 @@ FLOORS = [  # imports run downward only
         "engines.base",
         "engines.kv_cache",
         "engines.paged_engine",
+        "engines.paged_sequences",
+        "engines.trtllm_engine_dir",
+        "engines.trtllm_session",
+        "engines.trtllm_audit",
     },
     {
         "engines",
         "engines.simulated",
+        "engines.trtllm",
         "admission",
         "live_request",
         "prefill_gate",
@@ -46,7 +51,8 @@ FLOORS = [  # imports run downward only
         "step_trace",
         "tokenizer",
     },
-    {"planner", "start_gate", "tensors", "waiting_queue"},
+    {"lease_terms", "start_gate", "tensors", "waiting_queue"},
+    {"planner"},
     {"executor"},
     {"executor_process"},
     {"response_stream"},

@@ -19,7 +19,7 @@ from perf.regime import (
 )
 from perf.trace import read_trace
 from perf.workload import DEFAULT_TRACE
-from taper_trtllm.config import EngineConfig, ServingConfig, load_config
+from taper_trtllm.config import ServingConfig, TorchEngineConfig, load_config
 from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 from taper_trtllm.request import RequestLimits
@@ -106,5 +106,7 @@ def test_the_configuration_is_what_a_server_reads(tmp_path: Path):
 
 
 def test_every_row_of_the_shipped_trace_is_admitted():
-    costs = trace_costs(DEFAULT_TRACE, LENGTH_SCALE, PROMPT_SCALE, RequestLimits(), EngineConfig())
+    costs = trace_costs(
+        DEFAULT_TRACE, LENGTH_SCALE, PROMPT_SCALE, RequestLimits(), TorchEngineConfig()
+    )
     assert len(costs) == len(read_trace(DEFAULT_TRACE))

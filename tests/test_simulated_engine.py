@@ -95,6 +95,6 @@ def test_the_executor_knows_where_prompts_are_computed(disaggregated):
     assert records[0].num_prefill_tokens == (2000 if disaggregated else 256)
     foreseen = [r for r in records if r.predicted_step_ms is not None]
     assert any(r.num_prefill_tokens >= 256 for r in foreseen)
-    assert any(r.num_prefill_tokens == 160 for r in foreseen)  # headers cost time in any case
+    assert any(r.num_prefill_tokens == 164 for r in foreseen)  # headers cost time in any case
     for record in foreseen:
         assert record.predicted_step_ms == pytest.approx(record.step_ms, rel=0.15)

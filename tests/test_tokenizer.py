@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from taper_trtllm.config import EngineConfig
+from taper_trtllm.config import TorchEngineConfig
 from taper_trtllm.request import ParallelStage, RequestError, build_request
 from taper_trtllm.tokenizer import (
     ByteTokenizer,
@@ -59,7 +59,7 @@ def test_streamed_pieces_add_up_to_the_text(text: str, sizes: list[int]) -> None
 
 
 def test_checkpoint_tokenizer_round_trips_and_streams(checkpoint_dir: Path) -> None:
-    tokenizer = load_tokenizer(EngineConfig(model_dir=checkpoint_dir))
+    tokenizer = load_tokenizer(TorchEngineConfig(model_dir=checkpoint_dir))
     assert tokenizer is not None
     ids = tokenizer.encode(TEXT, add_special_tokens=True)
     assert tokenizer.decode(ids) == TEXT
@@ -112,4 +112,4 @@ def test_texts_that_cannot_be_resolved_name_the_field(
 
 
 def test_a_checkpoint_without_tokenizer_has_none(tmp_path: Path) -> None:
-    assert load_tokenizer(EngineConfig(model_dir=tmp_path)) is None
+    assert load_tokenizer(TorchEngineConfig(model_dir=tmp_path)) is None

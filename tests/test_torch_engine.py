@@ -17,7 +17,7 @@ from toy_engine import toy_profile
 from transformers import Qwen3Config as HfConfig
 from transformers import Qwen3ForCausalLM
 
-from taper_trtllm.config import ConfigError, EngineConfig, RandomModelConfig, SchedulerConfig
+from taper_trtllm.config import ConfigError, RandomModelConfig, SchedulerConfig, TorchEngineConfig
 from taper_trtllm.engines import create_engine
 from taper_trtllm.engines.base import (
     Engine,
@@ -36,7 +36,9 @@ from taper_trtllm.request import ForkJoinRequest, RequestLimits, SamplingParams,
 MODEL = RandomModelConfig(
     hidden_size=64, num_hidden_layers=2, head_dim=16, intermediate_size=96, vocab_size=512, seed=3
 )
-CONFIG = EngineConfig(random_model=MODEL, tokens_per_block=4, num_kv_blocks=2048, max_seq_len=1024)
+CONFIG = TorchEngineConfig(
+    random_model=MODEL, tokens_per_block=4, num_kv_blocks=2048, max_seq_len=1024
+)
 GREEDY = SequenceParams(SamplingParams(), seed=0)
 
 

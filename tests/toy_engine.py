@@ -21,10 +21,10 @@ from taper_trtllm.engines.base import (
 from taper_trtllm.engines.kv_cache import BlockCopy, BlockPool
 from taper_trtllm.engines.paged_engine import (
     ChunkWork,
-    EngineSequence,
     PagedEngine,
     per_step_capabilities,
 )
+from taper_trtllm.engines.paged_sequences import EngineSequence
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 
 VOCAB_SIZE = 97

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.request import SamplingParams
 
 SequenceId = int
@@ -39,9 +40,11 @@ class EngineCapabilities:
     Attributes:
         name: Engine kind, such as ``torch``.
         granularity: ``step``: membership of each iteration is exactly the plan's. ``lease``: a
-            planned sequence holds its place for up to `lease_tokens` iterations.
+            planned sequence holds its place until it has drawn its `max_new_tokens` or a later plan
+            leaves it out; prefill chunks must be whole, the engine cuts them itself.
         actuation_delay_steps: Iterations between a plan and its effect on membership.
-        lease_tokens: Length of a lease; None for per-step engines.
+        lease_tokens: Most tokens of a place that was given in competition; None for per-step
+            engines.
         resident_when_gated: A sequence left out of a plan keeps its KV and recomputes nothing.
         min_recompute_tokens: Tokens computed again when a gated sequence re-enters.
         width_buckets: Padded decode widths, ascending; None if widths are not padded.
@@ -82,10 +85,12 @@ class SequenceParams:
     Attributes:
         sampling: The request's sampling parameters.
         seed: Seed of this sequence alone. The draw at a position depends on (seed, position).
+        cache_salt_id: KV is not shared between requests with different ones.
     """
 
     sampling: SamplingParams
     seed: int
+    cache_salt_id: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +102,13 @@ class PrefillChunk:
         num_tokens: At most its pending tokens.
         sample: Draw the next token from the last one's logits; only on the chunk that computes the
             last pending token.
+        max_new_tokens: Tokens that a lease engine may draw from then on; per-step engines draw one.
     """
 
     sequence_id: SequenceId
     num_tokens: int
     sample: bool
+    max_new_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +117,16 @@ class StepPlan:
 
     Attributes:
         decode: Sequences that compute their one pending token and draw the next, baseline first.
-        max_new_tokens: Tokens left in the current stage of each sequence in `decode`, same order.
-            Per-step engines draw one; lease engines bound their leases by it.
+        max_new_tokens: Tokens that a lease engine may draw for each sequence in `decode`, same
+            order, should it give it a place now; per-step engines draw one.
         prefill: Prefill chunks, in priority order.
+        num_protected: Sequences of `decode` that are the protected baseline.
     """
 
     decode: tuple[SequenceId, ...] = ()
     max_new_tokens: tuple[int, ...] = ()
     prefill: tuple[PrefillChunk, ...] = ()
+    num_protected: int = 0
 
     @property
     def is_empty(self) -> bool:
@@ -126,8 +135,27 @@ class StepPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class IterationAudit:
+    """What an engine that iterates by itself says of one iteration, afterwards.
+
+    Attributes:
+        iteration: Its number.
+        step_ms: How long it took.
+        width: Sequences in decode.
+        num_context_tokens: Sum of their contexts.
+        prefill: Its prefill.
+    """
+
+    iteration: int
+    step_ms: float
+    width: int
+    num_context_tokens: int
+    prefill: PrefillLoad
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one iteration did.
+    """What one iteration did; on lease engines, all that was learned since the last result.
 
     Attributes:
         iteration: Number of the iteration, counted by the engine.
@@ -139,6 +167,8 @@ class StepResult:
         num_recomputed_tokens: Tokens computed that had been computed before.
         preempted: Sequences whose KV the engine dropped by itself; their tokens are kept.
         failed: Sequences that cannot go on, with the reason.
+        holding: Sequences that keep their place unless the next plan leaves them out.
+        audits: Iterations of which the engine gave account; None where the plan says it all.
     """
 
     iteration: int
@@ -150,6 +180,8 @@ class StepResult:
     num_recomputed_tokens: int = 0
     preempted: tuple[SequenceId, ...] = ()
     failed: Mapping[SequenceId, str] = field(default_factory=dict)
+    holding: frozenset[SequenceId] = frozenset()
+    audits: tuple[IterationAudit, ...] | None = None
 
 
 class Engine(Protocol):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import torch
 
-from taper_trtllm.config import EngineConfig
+from taper_trtllm.config import TorchEngineConfig
 from taper_trtllm.engines.checkpoint import Checkpoint
 
 
 def fingerprint(
-    config: EngineConfig, checkpoint: Checkpoint, device: torch.device
+    config: TorchEngineConfig, checkpoint: Checkpoint, device: torch.device
 ) -> dict[str, str]:
     """Engine, model, processor and settings, as strings."""
     return {

@@ -27,11 +27,13 @@ class BlockTable:
         family: The request that the blocks are counted for.
         block_ids: One id for every `tokens_per_block` tokens, the last one maybe partly filled.
         num_tokens: Tokens that have KV.
+        num_tokens_with_room: Tokens up to which `make_room` has taken blocks; 0 without room.
     """
 
     family: int
     block_ids: array[int] = field(default_factory=lambda: array("i"))
     num_tokens: int = 0
+    num_tokens_with_room: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,8 @@ class BlockPool:
         """
         if not 0 <= num_tokens <= parent.num_tokens:
             raise ValueError(f"cannot share {num_tokens} of {parent.num_tokens} computed tokens")
+        if parent.num_tokens_with_room:
+            raise ValueError("a table with room cannot be forked")
         block_ids = parent.block_ids[: self._blocks_for(num_tokens)]
         for block in block_ids:
             self._ref_counts[block] += 1
@@ -110,6 +114,7 @@ class BlockPool:
             keep += 1
         self._drop_from(table, keep)
         table.num_tokens = min(table.num_tokens, keep * self.tokens_per_block)
+        table.num_tokens_with_room = 0
 
     # ------------------------------------------------------------------ writing
 
@@ -118,7 +123,7 @@ class BlockPool:
         if num_tokens == 0:
             return 0
         new = self._blocks_for(table.num_tokens + num_tokens) - len(table.block_ids)
-        return new + (self._shared_tail(table) is not None)
+        return max(0, new) + (self._shared_tail(table) is not None)
 
     def reserve(self, writes: Sequence[tuple[BlockTable, int]]) -> list[BlockCopy]:
         """Makes room for the next tokens of several tables, all or nothing.
@@ -151,6 +156,24 @@ class BlockPool:
             table.num_tokens += num_tokens
         return copies
 
+    def make_room(self, table: BlockTable, num_tokens: int) -> None:
+        """Takes the blocks of the next tokens now; `reserve` then takes none for them.
+
+        A table with room must not be forked.
+
+        Raises:
+            OutOfBlocksError: Too few free blocks; nothing was changed.
+        """
+        num_computed = table.num_tokens
+        self.reserve([(table, num_tokens)])
+        table.num_tokens_with_room = table.num_tokens
+        table.num_tokens = num_computed
+
+    def give_back_room(self, table: BlockTable) -> None:
+        """Frees the blocks beyond the tokens that have KV."""
+        self._drop_from(table, self._blocks_for(table.num_tokens))
+        table.num_tokens_with_room = 0
+
     def _takes_blocks(self, table: BlockTable, num_tokens: int) -> bool:
         """False for nearly every decode: its token goes to a tail block of its own."""
         room = len(table.block_ids) * self.tokens_per_block - table.num_tokens
@@ -160,15 +183,16 @@ class BlockPool:
         self, writes: Sequence[tuple[BlockTable, int]], tails: Sequence[int | None]
     ) -> int:
         """Exact over the step: if all holders of a tail write, one of them needs no copy."""
-        new = sum(self._blocks_for(t.num_tokens + n) - len(t.block_ids) for t, n in writes)
+        new = sum(max(0, self._blocks_for(t.num_tokens + n) - len(t.block_ids)) for t, n in writes)
         writers = Counter(tail for tail in tails if tail is not None)
         return new + sum(min(n, self._ref_counts[tail] - 1) for tail, n in writers.items())
 
     def _shared_tail(self, table: BlockTable) -> int | None:
         """The partly filled last block, if other tables hold it too."""
-        if table.num_tokens % self.tokens_per_block == 0:
+        full, rest = divmod(table.num_tokens, self.tokens_per_block)
+        if rest == 0:
             return None
-        tail = table.block_ids[-1]
+        tail = table.block_ids[full]
         return tail if self._ref_counts[tail] > 1 else None
 
     def _blocks_for(self, num_tokens: int) -> int:
@@ -207,7 +231,8 @@ class BlockPool:
         families: dict[int, int] = {}
         for table in self._tables:
             ids = table.block_ids
-            assert len(ids) == self._blocks_for(table.num_tokens), "table and tokens differ"
+            num_tokens = max(table.num_tokens, table.num_tokens_with_room)
+            assert len(ids) == self._blocks_for(num_tokens), "table and tokens differ"
             assert len(set(ids)) == len(ids), "a table holds a block twice"
             references.update(ids)
             for block in ids:

@@ -17,10 +17,10 @@ from taper_trtllm.engines.base import SequenceId, SequenceParams, StepPlan
 from taper_trtllm.engines.kv_cache import BlockCopy
 from taper_trtllm.engines.paged_engine import (
     ChunkWork,
-    EngineSequence,
     PagedEngine,
     per_step_capabilities,
 )
+from taper_trtllm.engines.paged_sequences import EngineSequence
 from taper_trtllm.prefill_cost import PrefillCost
 from taper_trtllm.profile import LatencyProfile
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from taper_trtllm.config import ConfigError, EngineConfig
+from taper_trtllm.config import ConfigError, TorchEngineConfig
 from taper_trtllm.engines.base import EngineError, SequenceId, StepPlan
 from taper_trtllm.engines.checkpoint import open_checkpoint, random_checkpoint
 from taper_trtllm.engines.fingerprint import fingerprint
@@ -15,10 +15,10 @@ from taper_trtllm.engines.kv_cache import BlockCopy
 from taper_trtllm.engines.paged_attention import PagedAttention
 from taper_trtllm.engines.paged_engine import (
     ChunkWork,
-    EngineSequence,
     PagedEngine,
     per_step_capabilities,
 )
+from taper_trtllm.engines.paged_sequences import EngineSequence
 from taper_trtllm.engines.qwen3 import Qwen3Model
 from taper_trtllm.engines.sampling import draw_tokens
 from taper_trtllm.engines.step_batch import Segment, split_chunk
@@ -34,7 +34,7 @@ class TorchEngine(PagedEngine):
         ConfigError: The checkpoint cannot be served, or a limit does not fit it.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: TorchEngineConfig) -> None:
         torch.set_num_threads(config.num_threads)
         self._device = torch.device(config.device)
         dtype: torch.dtype = getattr(torch, config.dtype)

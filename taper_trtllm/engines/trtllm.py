@@ -1,0 +1,516 @@
+"""Compiled TensorRT-LLM engines behind the `Engine` interface: branches as revocable leases.
+
+TensorRT-LLM's executor iterates by itself and has no hook that picks who enters an iteration. So a
+branch enters as an ordinary request whose prompt is its prefix and all of its text so far; block
+reuse finds its KV. The request is a *place* in the batch: it lasts for a lease of tokens, and is
+taken back by a cancel when a plan leaves the branch out. Both act one iteration late: requests are
+fetched right after the responses of step k are published, so whoever reacts to them enters step
+k + 2, and a cancel seen during k + 1 still lets that step run, whose token is lost.
+
+The ledger of blocks (`PagedSequences`) is this engine's own: it counts what the branches that it
+keeps occupy, parked ones included, and what their places may still take. TensorRT-LLM keeps at
+least that much as long as its pool is no smaller; if it drops a parked block all the same, the
+place computes it again, and `losses` counts it.
+
+Nothing here has been run on TensorRT-LLM itself: names are those of the recorded contract, and
+behaviour is tested on `perf.trtllm_fake`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from taper_trtllm.config import TrtllmEngineConfig
+from taper_trtllm.engines.base import (
+    EngineCapabilities,
+    EngineError,
+    OutOfBlocksError,
+    SequenceId,
+    SequenceParams,
+    StepPlan,
+    StepResult,
+)
+from taper_trtllm.engines.paged_sequences import EngineSequence, PagedSequences
+from taper_trtllm.engines.trtllm_audit import Auditor
+from taper_trtllm.engines.trtllm_engine_dir import EngineDir, read_engine_dir
+from taper_trtllm.engines.trtllm_session import News, PlaceRequest, TrtllmSession
+from taper_trtllm.request import SamplingParams
+
+_POLL_S = 0.05
+_STATISTICS_S = 0.001  # they are published a moment after the responses of the same turn
+_WARM_UP_IDS = [0, 1]
+
+
+@dataclass(slots=True)
+class Place:
+    """A sequence's request on the executor.
+
+    Attributes:
+        sequence_id: Whose.
+        prompt_length: Tokens that it was asked for with.
+        max_tokens: Tokens it may draw.
+        keeps_tokens: False if it computes a prefix only: a request must draw, so it draws in vain.
+        asked_in: Number of the step that asked.
+        num_known_tokens: Tokens of the prompt that had KV by the ledger.
+        num_tokens: Tokens it has drawn.
+        is_prefill: Its first token ends a prefill chunk.
+        is_revoked: It was cancelled; its last word is not there yet.
+    """
+
+    sequence_id: SequenceId
+    prompt_length: int
+    max_tokens: int
+    keeps_tokens: bool
+    asked_in: int
+    num_known_tokens: int
+    is_prefill: bool
+    num_tokens: int = 0
+    is_revoked: bool = False
+
+
+@dataclass(slots=True)
+class Losses:
+    """What leases cost, summed over the engine's life.
+
+    Attributes:
+        num_places: Places that were asked for.
+        num_reentries: Of them, those of branches that had one before.
+        num_revoked: Places that were taken back.
+        num_lost_tokens: Tokens drawn and lost by that.
+        num_prefix_steps: Requests that only computed a prefix.
+        num_idle_steps: Steps from the plan that gave a place to its first token, beyond the first.
+        num_charged_tokens: Prompt tokens that counted against max_num_tokens though they had KV.
+        num_recomputed_tokens: Of them, those whose KV was gone.
+    """
+
+    num_places: int = 0
+    num_reentries: int = 0
+    num_revoked: int = 0
+    num_lost_tokens: int = 0
+    num_prefix_steps: int = 0
+    num_idle_steps: int = 0
+    num_charged_tokens: int = 0
+    num_recomputed_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What the responses of one step add up to."""
+
+    tokens: dict[SequenceId, tuple[int, ...]] = field(default_factory=dict)
+    prefilled: dict[SequenceId, int] = field(default_factory=dict)
+    decoded: list[SequenceId] = field(default_factory=list)
+    failed: dict[SequenceId, str] = field(default_factory=dict)
+
+
+class TrtllmEngine(PagedSequences):
+    """Runs plans on a compiled engine.
+
+    Args:
+        config: Which engine, and how places are given.
+        clock: Seconds, monotonic; another one for engines that run in virtual time.
+
+    Raises:
+        ConfigError: The engine or the bindings cannot be used.
+        EngineError: The engine does not run.
+    """
+
+    def __init__(
+        self, config: TrtllmEngineConfig, clock: Callable[[], float] | None = None
+    ) -> None:
+        self._config = config
+        self._engine_dir = read_engine_dir(config.engine_dir)
+        self._session = TrtllmSession(config, self._engine_dir)
+        self._clock = clock or time.monotonic
+        self._is_lockstep = config.mode == "lockstep"
+        self._places: dict[int, Place] = {}  # by the executor's request id
+        self._place_of: dict[SequenceId, int] = {}
+        self._num_given: dict[SequenceId, int] = {}  # places by sequence
+        self._num_shared: dict[SequenceId, int] = {}
+        self._auditor = Auditor()
+        self._step = 0
+        self.losses = Losses()
+        super().__init__(
+            _capabilities(config, self._engine_dir, self._num_pool_blocks(), clock is not None)
+        )
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """See `Engine`."""
+        return self._engine_dir.fingerprint
+
+    @property
+    def session(self) -> TrtllmSession:
+        """The executor that it drives."""
+        return self._session
+
+    def now_s(self) -> float:
+        """See `Engine`."""
+        return self._clock()
+
+    def _num_pool_blocks(self) -> int:
+        """Blocks in TensorRT-LLM's pool, which only an iteration tells; it also warms up.
+
+        Ranks that only work for their leader stay here until it ends.
+        """
+        if not self._session.takes_requests:
+            self._session.shutdown()
+            raise SystemExit(0)
+        self._session.ask(PlaceRequest(_WARM_UP_IDS, 1, SamplingParams(), 0, 0, False, 0, None))
+        deadline_s = time.monotonic() + self._config.iteration_timeout_s
+        num_blocks: int | None = None
+        is_done = False
+        while not is_done or num_blocks is None:
+            news = self._session.poll(_POLL_S)
+            for response in news.responses:
+                if response.has_error():
+                    raise EngineError(f"the engine cannot run: {response.error_msg}")
+                is_done = is_done or bool(response.result.is_final)
+            for stats in news.iterations:
+                num_blocks = int(stats.kv_cache_stats.max_num_blocks)
+            if time.monotonic() > deadline_s:
+                raise EngineError("the engine's first iteration does not end")
+        return num_blocks
+
+    # ---- sequences
+
+    def add_sequence(
+        self,
+        sequence_id: SequenceId,
+        family: int,
+        token_ids: Sequence[int],
+        params: SequenceParams,
+    ) -> None:
+        """See `Engine`."""
+        super().add_sequence(sequence_id, family, token_ids, params)
+        self._enter(sequence_id, 0)
+
+    def fork_sequence(
+        self,
+        parent_id: SequenceId,
+        child_id: SequenceId,
+        num_shared_tokens: int,
+        suffix_ids: Sequence[int],
+        params: SequenceParams,
+    ) -> None:
+        """See `Engine`."""
+        self._drop_place(parent_id)
+        super().fork_sequence(parent_id, child_id, num_shared_tokens, suffix_ids, params)
+        self._enter(child_id, num_shared_tokens)
+
+    def join_sequence(
+        self, parent_id: SequenceId, child_id: SequenceId, suffix_ids: Sequence[int]
+    ) -> None:
+        """See `Engine`."""
+        self._drop_place(child_id)
+        self._drop_place(parent_id)
+        super().join_sequence(parent_id, child_id, suffix_ids)
+        self._leave(child_id)
+
+    def preempt_sequence(self, sequence_id: SequenceId) -> None:
+        """See `Engine`. TensorRT-LLM is left to evict the blocks when it needs them."""
+        self._drop_place(sequence_id)
+        super().preempt_sequence(sequence_id)
+
+    def release_sequence(self, sequence_id: SequenceId) -> None:
+        """See `Engine`."""
+        self._drop_place(sequence_id)
+        super().release_sequence(sequence_id)
+        self._leave(sequence_id)
+
+    def _enter(self, sequence_id: SequenceId, num_shared: int) -> None:
+        self._num_given[sequence_id] = 0
+        self._num_shared[sequence_id] = num_shared
+
+    def _leave(self, sequence_id: SequenceId) -> None:
+        del self._num_given[sequence_id], self._num_shared[sequence_id]
+
+    def _drop_place(self, sequence_id: SequenceId) -> None:
+        """Whatever a place still draws is not wanted any more."""
+        request_id = self._place_of.get(sequence_id)
+        if request_id is not None:
+            if not self._places[request_id].is_revoked:
+                self._session.cancel(request_id)
+            self._close(request_id)
+
+    def _close(self, request_id: int) -> None:
+        place = self._places.pop(request_id)
+        self._auditor.end(request_id)
+        del self._place_of[place.sequence_id]
+        self._pool.give_back_room(self._sequences[place.sequence_id].table)
+
+    # ---- the iteration
+
+    def step(self, plan: StepPlan) -> StepResult:
+        """See `Engine`: asks for places and takes them back, then waits for an iteration to end.
+
+        In lockstep it waits until all of the plan is done, and nothing else runs meanwhile.
+        """
+        self._step += 1
+        outcome = _Outcome()
+        if self._config.mode == "lease":
+            self._revoke(plan)
+        self._ask(plan, outcome)
+        if not self._places and not outcome.failed:
+            raise OutOfBlocksError("no sequence of the plan fits the KV pool")
+        news = self._await(outcome)
+        return self._result(outcome, news)
+
+    def _revoke(self, plan: StepPlan) -> None:
+        """Takes back the places of sequences that the plan leaves out."""
+        planned = {*plan.decode, *(chunk.sequence_id for chunk in plan.prefill)}
+        for request_id, place in self._places.items():
+            if (
+                place.sequence_id not in planned
+                and place.num_tokens > 0
+                and place.num_tokens < place.max_tokens
+                and not place.is_revoked
+                and self._step - place.asked_in > self._config.min_lease_steps
+            ):
+                self._session.cancel(request_id)
+                place.is_revoked = True
+                self.losses.num_revoked += 1
+
+    def _ask(self, plan: StepPlan, outcome: _Outcome) -> None:
+        """Asks for the places that the plan gives, in its order, as far as the token budget goes.
+
+        TensorRT-LLM charges a request that starts with its whole prompt, whatever has KV, and the
+        first that does not fit keeps out everyone behind it, generating ones too (trtllm.md 1.8).
+        """
+        starting = [p.prompt_length for p in self._places.values() if not p.num_tokens]
+        room = self._engine_dir.max_num_tokens - sum(starting)
+        room -= len(self._places) - len(starting)
+        is_first = not starting
+        for wanted in self._wanted(plan):
+            if not self._is_lockstep and wanted.prompt_length > room and not is_first:
+                return
+            try:
+                self._give(wanted, plan)
+            except OutOfBlocksError:
+                continue  # the room of a place that ends has not come back yet
+            except ValueError as error:
+                outcome.failed[wanted.sequence_id] = str(error)
+                continue
+            room -= wanted.prompt_length
+            is_first = False
+
+    def _wanted(self, plan: StepPlan) -> list[Place]:
+        """Places of the plan that are not given yet: protected ones, prefill, extras."""
+        decode = [
+            self._place(sequence_id, 1, True, max_tokens)
+            for sequence_id, max_tokens in zip(plan.decode, plan.max_new_tokens, strict=True)
+        ]
+        chunks = [
+            self._place(chunk.sequence_id, chunk.num_tokens, chunk.sample, chunk.max_new_tokens)
+            for chunk in plan.prefill
+        ]
+        for place in chunks:
+            place.is_prefill = True
+        split = plan.num_protected
+        return [
+            place
+            for place in [*decode[:split], *chunks, *decode[split:]]
+            if place.sequence_id not in self._place_of
+        ]
+
+    def _place(
+        self, sequence_id: SequenceId, num_pending: int, keeps_tokens: bool, max_tokens: int
+    ) -> Place:
+        num_computed = self.num_computed_tokens(sequence_id)
+        return Place(
+            sequence_id,
+            prompt_length=num_computed + num_pending,
+            max_tokens=max_tokens if keeps_tokens and not self._is_lockstep else 1,
+            keeps_tokens=keeps_tokens,
+            asked_in=self._step,
+            num_known_tokens=num_computed,
+            is_prefill=False,
+        )
+
+    def _give(self, place: Place, plan: StepPlan) -> None:
+        """Asks for one place.
+
+        Raises:
+            OutOfBlocksError: Its blocks are not free.
+            ValueError: TensorRT-LLM refuses it.
+        """
+        sequence_id = place.sequence_id
+        sequence = self._sequences[sequence_id]
+        num_written = place.prompt_length - place.num_known_tokens + place.max_tokens - 1
+        self._pool.make_room(sequence.table, num_written)
+        num_before = self._num_given[sequence_id]
+        try:
+            request_id = self._session.ask(
+                PlaceRequest(
+                    sequence.tokens[: place.prompt_length],
+                    place.max_tokens,
+                    sequence.params.sampling,
+                    seed=_seed(sequence.params.seed, num_before),
+                    num_prefix_tokens=self._num_shared[sequence_id],
+                    is_protected=sequence_id in plan.decode[: plan.num_protected],
+                    client_id=_client_id(sequence.table.family, sequence_id, num_before),
+                    cache_salt_id=sequence.params.cache_salt_id,
+                )
+            )
+        except ValueError:
+            self._pool.give_back_room(sequence.table)
+            raise
+        self._places[request_id] = place
+        self._place_of[sequence_id] = request_id
+        self._auditor.begin(request_id, place.prompt_length)
+        self._num_given[sequence_id] = num_before + 1
+        self.losses.num_places += 1
+        self.losses.num_reentries += num_before > 0
+        self.losses.num_prefix_steps += not place.keeps_tokens
+        self.losses.num_charged_tokens += place.num_known_tokens
+
+    # ---- what became of it
+
+    def _await(self, outcome: _Outcome) -> News:
+        """Waits for an iteration to end, in lockstep for all places to end.
+
+        Raises:
+            EngineError: None ends in time.
+        """
+        deadline_s = time.monotonic() + self._config.iteration_timeout_s
+        all_news = News([], [], [])
+        while True:
+            news = self._session.poll(_STATISTICS_S if all_news.responses else _POLL_S)
+            for response in news.responses:
+                self._take(response, outcome)
+            all_news.responses.extend(news.responses)
+            all_news.iterations.extend(news.iterations)
+            all_news.requests.extend(news.requests)
+            if not self._places or (all_news.iterations and not self._is_lockstep):
+                return all_news
+            if not self._session.takes_requests:
+                raise EngineError("TensorRT-LLM's executor has ended")
+            if time.monotonic() > deadline_s:
+                timeout_s = self._config.iteration_timeout_s
+                raise EngineError(f"no iteration of the engine has ended for {timeout_s:g} s")
+
+    def _take(self, response: Any, outcome: _Outcome) -> None:
+        """Merges one response into the transcript of its branch."""
+        request_id = int(response.request_id)
+        place = self._places.get(request_id)
+        if place is None:
+            return  # of a branch that is gone, or of a place that was given up
+        if response.has_error():
+            outcome.failed[place.sequence_id] = str(response.error_msg)
+            self._close(request_id)
+            return
+        result = response.result
+        token_ids = [int(token_id) for token_id in result.output_token_ids[0]]
+        if result.is_final:
+            token_ids = self._with_end(place, token_ids, result)
+        if token_ids:
+            self._append(place, token_ids, outcome)
+        if result.is_final:
+            # A cancel clears what was not reported; a place that ended by itself lost nothing.
+            self.losses.num_lost_tokens += place.is_revoked and self._was_cancelled(result)
+            self._close(request_id)
+
+    def _append(self, place: Place, token_ids: list[int], outcome: _Outcome) -> None:
+        sequence_id = place.sequence_id
+        sequence = self._sequences[sequence_id]
+        if place.num_tokens == 0:
+            self.losses.num_idle_steps += max(0, self._step - place.asked_in)
+            if place.is_prefill:
+                outcome.prefilled[sequence_id] = place.prompt_length - place.num_known_tokens
+        if not (place.is_prefill and place.num_tokens == 0):
+            outcome.decoded.append(sequence_id)
+        place.num_tokens += len(token_ids)
+        if place.keeps_tokens:
+            sequence.tokens.extend(token_ids)
+            outcome.tokens[sequence_id] = (*outcome.tokens.get(sequence_id, ()), *token_ids)
+            self._write(sequence, len(sequence.tokens) - 1)
+        else:
+            self._write(sequence, place.prompt_length)
+
+    def _write(self, sequence: EngineSequence, num_tokens: int) -> None:
+        """The sequence has KV up to there; its place has taken the blocks."""
+        if num_tokens > sequence.table.num_tokens:
+            self._pool.reserve([(sequence.table, num_tokens - sequence.table.num_tokens)])
+        sequence.max_computed = max(sequence.max_computed, num_tokens)
+
+    def _with_end(self, place: Place, token_ids: list[int], result: Any) -> list[int]:
+        """The token that ended the stage is part of the text, whether it was sent or not."""
+        sampling = self._sequences[place.sequence_id].params.sampling
+        reason = result.finish_reasons[0]
+        if place.keeps_tokens and reason.name == "END_ID" and sampling.stop_ids:
+            end_id = min(sampling.stop_ids)
+            if not token_ids or token_ids[-1] != end_id:
+                return [*token_ids, end_id]
+        return token_ids
+
+    @staticmethod
+    def _was_cancelled(result: Any) -> bool:
+        return bool(result.finish_reasons[0].name == "CANCELLED")
+
+    def _result(self, outcome: _Outcome, news: News) -> StepResult:
+        audits = self._auditor.audit(news)
+        return StepResult(
+            iteration=self._step,
+            completed_at_s=self.now_s(),
+            step_ms=sum(audit.step_ms for audit in audits),
+            decoded=tuple(dict.fromkeys(outcome.decoded)),
+            tokens=outcome.tokens,
+            prefilled=outcome.prefilled,
+            failed=outcome.failed,
+            holding=frozenset(
+                place.sequence_id for place in self._places.values() if not place.is_revoked
+            ),
+            audits=None if self._is_lockstep else audits,
+        )
+
+    def check_integrity(self) -> None:
+        """See `Engine`."""
+        super().check_integrity()
+        assert len(self._place_of) == len(self._places), "a place is lost"
+        for sequence_id, request_id in self._place_of.items():
+            assert self._places[request_id].sequence_id == sequence_id
+        with_room = {i for i, s in self._sequences.items() if s.table.num_tokens_with_room}
+        assert with_room <= set(self._place_of), "room without a place"
+
+    def shutdown(self) -> None:
+        """See `Engine`."""
+        self._session.shutdown()
+
+
+def _capabilities(
+    config: TrtllmEngineConfig, engine_dir: EngineDir, num_kv_blocks: int, virtual_time: bool
+) -> EngineCapabilities:
+    is_lockstep = config.mode == "lockstep"
+    return EngineCapabilities(
+        name="trtllm",
+        granularity="step" if is_lockstep else "lease",
+        actuation_delay_steps=0 if is_lockstep else 1,
+        lease_tokens=None if is_lockstep else config.lease_tokens,
+        resident_when_gated=False,  # its blocks can be evicted
+        min_recompute_tokens=0,  # the last token has no KV in any case
+        width_buckets=None,
+        disaggregated_prefill=False,
+        prefix_sharing_attention=False,
+        bitwise_deterministic=False,
+        virtual_time=virtual_time,
+        max_batch_size=engine_dir.max_batch_size,
+        max_seq_len=min(engine_dir.max_seq_len, engine_dir.max_input_len + 1),
+        tokens_per_block=engine_dir.tokens_per_block,
+        num_kv_blocks=num_kv_blocks,
+        vocab_size=engine_dir.vocab_size,
+    )
+
+
+def _seed(seed: int, num_before: int) -> int:
+    """Of one place: the sampler starts anew with each, and must not repeat itself."""
+    digest = hashlib.blake2b(f"{seed}/{num_before}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _client_id(family: int, sequence_id: SequenceId, num_before: int) -> int:
+    """Family, branch and place in one number, for TensorRT-LLM's logs."""
+    return (family & 0xFFFFFF) << 40 | (sequence_id & 0xFFFFFF) << 16 | (num_before & 0xFFFF)
