@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from perf.trtllm_fake.block_tree import BlockCounts, BlockSequence, Retention, TokenBlocks
+from perf.trtllm_fake.block_tree import (
+    DEFAULT_RETENTION,
+    BlockCounts,
+    BlockSequence,
+    Retention,
+    TokenBlocks,
+)
 
 
 class State(Enum):
@@ -87,7 +93,7 @@ class Submission:
     end_id: int | None = None
     stop_words: tuple[tuple[int, ...], ...] = ()
     sampling: Sampling = Sampling()
-    retention: Retention = Retention()
+    retention: Retention = DEFAULT_RETENTION
     lora_id: int | None = None
     cache_salt_id: int | None = None
     allotted_s: float | None = None

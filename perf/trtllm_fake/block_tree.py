@@ -66,6 +66,9 @@ class Retention:
         return found
 
 
+DEFAULT_RETENTION = Retention()
+
+
 class TokenBlocks:
     """The tokens of a request and the keys of its blocks.
 

@@ -11,9 +11,9 @@ from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
-from perf.trtllm_fake import strict
 from perf.trtllm_fake.active_request import ActiveRequest
 from perf.trtllm_fake.loop import Outcome
+from perf.trtllm_fake.making import Maker
 
 
 class Mailbox:
@@ -24,7 +24,16 @@ class Mailbox:
     """
 
     def __init__(self, module: SimpleNamespace) -> None:
-        self._module = module
+        self._reasons = module.FinishReason.__members__
+        self._make_response = Maker(module.Response)
+        self._make_failed = Maker(module.Response)
+        self._make_result = Maker(module.Result)
+        self._make_metrics = Maker(module.RequestPerfMetrics)
+        self._make_times = Maker(module.TimingMetrics)
+        self._make_kv_cache = Maker(module.KvCacheMetrics)
+        self._no_speculation = Maker(module.SpeculativeDecodingMetrics)(
+            acceptance_rate=0.0, total_accepted_draft_tokens=0, total_draft_tokens=0
+        )
         self._responses: dict[int, list[Any]] = {}
         self._ended: set[int] = set()  # requests whose last response is in the box
         self._terminated: set[int] = set()  # those whose last response was taken
@@ -65,57 +74,70 @@ class Mailbox:
         return self._responses.pop(request_id, [])
 
     def _response(self, outcome: Outcome) -> Any:
-        failed = outcome.error is not None
-        return strict.create(
-            self._module.Response,
+        if outcome.error is not None:
+            return self._make_failed(
+                request_id=outcome.request_id,
+                client_id=outcome.client_id,
+                error_msg=outcome.error,
+            )
+        return self._make_response(
             request_id=outcome.request_id,
             client_id=outcome.client_id,
-            has_error=failed,
-            error_msg=outcome.error,
-            result=None if failed else self._result(outcome),
+            result=self._result(outcome),
         )
 
     def _result(self, outcome: Outcome) -> Any:
         request = outcome.request
         assert request is not None
-        return strict.create(
-            self._module.Result,
+        return self._make_result(
             is_final=request.is_finished,
             output_token_ids=[outcome.tokens],
-            finish_reasons=[self._module.FinishReason[request.finish.name]],
+            cum_log_probs=None,
+            log_probs=None,
+            context_logits=None,
+            generation_logits=None,
+            spec_dec_fast_logits_info=None,
+            encoder_output=None,
+            finish_reasons=[self._reasons[request.finish.name]],
             sequence_index=0,
             is_sequence_final=request.is_finished,
             decoding_iter=request.decoding_iter,
             avg_decoded_tokens_per_iter=request.tokens_per_step,
+            context_phase_params=None,
             request_perf_metrics=self._metrics(request),
+            additional_outputs=[],
         )
 
     def _metrics(self, request: ActiveRequest) -> Any:
         if not request.asked.return_perf_metrics:
             return None
-        module, counts = self._module, request.counts
-        return strict.create(
-            module.RequestPerfMetrics,
-            timing_metrics=strict.create(
-                module.RequestPerfMetrics.TimingMetrics,
+        counts = request.counts
+        return self._make_metrics(
+            timing_metrics=self._make_times(
                 arrival_time=_time(request.fetched_s),
                 first_scheduled_time=_time(request.first_scheduled_s),
                 first_token_time=_time(request.first_token_s),
                 last_token_time=_time(request.last_token_s),
+                kv_cache_transfer_start=_time(None),
+                kv_cache_transfer_end=_time(None),
+                kv_cache_size=0,
             ),
-            kv_cache_metrics=strict.create(
-                module.RequestPerfMetrics.KvCacheMetrics,
+            kv_cache_metrics=self._make_kv_cache(
                 num_total_allocated_blocks=counts.alloc_total,
                 num_new_allocated_blocks=counts.alloc_new,
                 num_reused_blocks=counts.reused,
                 num_missed_blocks=counts.missed,
                 kv_cache_hit_rate=counts.hit_rate,
             ),
+            speculative_decoding=self._no_speculation,
             first_iter=request.first_iter,
             last_iter=request.last_iter,
             iter=request.iter,
         )
 
 
+_NEVER = timedelta(0)
+
+
 def _time(seconds: float | None) -> timedelta:
-    return timedelta(seconds=seconds or 0.0)
+    return _NEVER if seconds is None else timedelta(seconds=seconds)

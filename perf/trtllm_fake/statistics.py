@@ -13,10 +13,10 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
-from perf.trtllm_fake import strict
 from perf.trtllm_fake.active_request import ActiveRequest, State
 from perf.trtllm_fake.block_tree import BlockCounts, BlockTree
 from perf.trtllm_fake.loop import TurnReport
+from perf.trtllm_fake.making import Maker
 
 _NO_COUNTS = BlockCounts()
 _Row = tuple[int, str, int, int, float, bool, BlockCounts]
@@ -41,7 +41,12 @@ class Statistics:
         max_iterations: int,
         max_request_iterations: int,
     ) -> None:
-        self._module = module
+        self._make_iteration = Maker(module.IterationStats)
+        self._make_inflight = Maker(module.InflightBatchingStats)
+        self._make_kv_cache = Maker(module.KvCacheStats)
+        self._make_requests = Maker(module.RequestStatsPerIteration)
+        self._make_request = Maker(module.RequestStats)
+        self._stages = module.RequestStage.__members__
         self._tree = tree
         self._max_num_active = max_num_active
         self._iterations: deque[tuple[TurnReport, dict[str, Any]]] = deque(maxlen=max_iterations)
@@ -62,13 +67,8 @@ class Statistics:
 
     def take_requests(self) -> list[Any]:
         """`RequestStatsPerIteration` since the last call, oldest first."""
-        module = self._module
         taken = [
-            strict.create(
-                module.RequestStatsPerIteration,
-                iter=number,
-                request_stats=[self._request(row) for row in rows],
-            )
+            self._make_requests(iter=number, request_stats=[self._request(row) for row in rows])
             for number, rows in self._requests
         ]
         self._requests.clear()
@@ -89,11 +89,10 @@ class Statistics:
         }
 
     def _iteration(self, report: TurnReport, kv_cache: dict[str, Any]) -> Any:
-        module, step = self._module, report.step
+        step = report.step
         num_context = len(step.context) if step else 0
         num_generation = len(step.generation) if step else 0
-        inflight = strict.create(
-            module.InflightBatchingStats,
+        inflight = self._make_inflight(
             num_scheduled_requests=num_context + num_generation,
             num_context_requests=num_context,
             num_gen_requests=num_generation,
@@ -102,8 +101,7 @@ class Statistics:
             micro_batch_id=0,
             avg_num_decoded_tokens_per_iter=1.0 if num_generation else 0.0,
         )
-        return strict.create(
-            module.IterationStats,
+        return self._make_iteration(
             timestamp="",
             iter=report.iter,
             iter_latency_ms=report.iter_latency_ms,
@@ -116,7 +114,7 @@ class Statistics:
             gpu_mem_usage=0,
             cpu_mem_usage=0,
             pinned_mem_usage=0,
-            kv_cache_stats=strict.create(module.KvCacheStats, **kv_cache),
+            kv_cache_stats=self._make_kv_cache(**kv_cache),
             cross_kv_cache_stats=None,
             static_batching_stats=None,
             inflight_batching_stats=inflight,
@@ -125,10 +123,9 @@ class Statistics:
 
     def _request(self, row: _Row) -> Any:
         request_id, stage, position, num_generated, per_iter, scheduled, counts = row
-        return strict.create(
-            self._module.RequestStats,
+        return self._make_request(
             id=request_id,
-            stage=self._module.RequestStage[stage],
+            stage=self._stages[stage],
             context_prefill_position=position,
             num_generated_tokens=num_generated,
             avg_num_decoded_tokens_per_iter=per_iter,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from perf.trtllm_fake.active_request import Sampling, Submission
-from perf.trtllm_fake.block_tree import Retention, TokenRange
+from perf.trtllm_fake.block_tree import DEFAULT_RETENTION, Retention, TokenRange
 
 _NOT_MADE = (
     "position_ids",
@@ -48,7 +48,7 @@ def read_request(request: Any, priority: float) -> Submission:
 
     Args:
         request: The bindings' object.
-        priority: The constructor argument; the real class has no property for it.
+        priority: The constructor argument: the class has no property for it.
 
     Raises:
         NotImplementedError: It asks for what the fake does not do.
@@ -101,7 +101,7 @@ def _sampling(config: Any) -> Sampling:
 
 def _retention(config: Any) -> Retention:
     if config is None:
-        return Retention()
+        return DEFAULT_RETENTION
     parts = sorted(config.token_range_retention_configs, key=lambda part: part.token_start)
     return Retention(
         tuple(
