@@ -1,0 +1,7 @@
+"""A behavioural fake of `tensorrt_llm.bindings.executor` 1.2.1, for machines without the wheel.
+
+`bindings.py` stands for the real module. Behaviour follows the public C++ sources of
+NVIDIA/TensorRT-LLM (executor/executorImpl.cpp, batch_manager/*.cpp at b35ac1b6 unless a part names
+another commit); every part says what it follows and what it leaves out. One GPU, one beam, no
+speculation, no host offload, no sliding windows.
+"""
