@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from perf.offered_load import Offer
+from perf.virtual_trtllm import Leases, VirtualTrtllmEngine
 from taper_trtllm.batch import StepRecord
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.engines.simulated import SimulatedConfig, SimulatedEngine
@@ -30,6 +31,8 @@ class Deployment:
         scheduler: Policy and limits of a step.
         slo: Objective of every request.
         limits: What one request may ask for.
+        leases: The adapter of compiled engines runs on the fake executor; None for the simulated
+            engine, which does every step as planned.
     """
 
     profile: LatencyProfile
@@ -38,6 +41,13 @@ class Deployment:
     scheduler: SchedulerConfig
     slo: SloTarget
     limits: RequestLimits
+    leases: Leases | None = None
+
+    def make_engine(self) -> SimulatedEngine | VirtualTrtllmEngine:
+        """The engine, at time 0 or a little later."""
+        if self.leases is None:
+            return SimulatedEngine(self.truth, self.engine)
+        return VirtualTrtllmEngine(self.truth, self.engine, self.leases)
 
 
 @dataclass(slots=True)
@@ -81,7 +91,7 @@ def simulate(
     Returns:
         One entry per request that arrived, in order.
     """
-    engine = SimulatedEngine(deployment.truth, deployment.engine)
+    engine = deployment.make_engine()
     executor = TaperExecutor(
         engine, deployment.profile, deployment.scheduler, deployment.limits, deployment.slo
     )

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from perf.trtllm_fake.decoders import Decoder, ProfileDecoder, TorchDecoder
-from taper_trtllm.config import ConfigError, EngineConfig, RandomModelConfig
+from taper_trtllm.config import ConfigError, RandomModelConfig, TorchEngineConfig
 from taper_trtllm.engines.simulated import Disturbance
 from taper_trtllm.profile import ProfileError, load_profile
 
@@ -89,14 +89,14 @@ class ProfileDecoderConfig(_Model):
 
     Attributes:
         path: Of the profile, relative to the engine directory.
-        disturbance: Fields of `Disturbance`.
+        disturbance: How the device differs from it.
         seed: Of its noise.
         token: Every token that is drawn.
     """
 
     kind: Literal["profile"] = "profile"
     path: Path
-    disturbance: dict[str, float] = {}
+    disturbance: Disturbance = Disturbance()
     seed: int = 0
     token: Annotated[int, Field(ge=0)] = 0
 
@@ -143,9 +143,8 @@ def create_decoder(path: Path, description: EngineDescription, engine: FakeEngin
     try:
         if isinstance(config, ProfileDecoderConfig):
             profile = load_profile(path / config.path)
-            disturbance = Disturbance(**config.disturbance)  # type: ignore[arg-type]
             return ProfileDecoder(
-                profile, build.max_batch_size, disturbance, config.seed, config.token
+                profile, build.max_batch_size, config.disturbance, config.seed, config.token
             )
         from perf.trtllm_fake.torch_model import TorchModel  # torch takes seconds to import
 
@@ -187,10 +186,10 @@ def pretrained_config(shape: RandomModelConfig, max_position_embeddings: int) ->
     }
 
 
-def _engine_config(path: Path, build: BuildConfig, config: TorchDecoderConfig) -> EngineConfig:
+def _engine_config(path: Path, build: BuildConfig, config: TorchDecoderConfig) -> TorchEngineConfig:
     """One embedded engine with room for every request on its own."""
     tokens_per_block = build.plugin_config.tokens_per_block
-    return EngineConfig(
+    return TorchEngineConfig(
         model_dir=config.model_dir and path / config.model_dir,
         random_model=config.random_model,
         num_threads=config.num_threads,
@@ -250,7 +249,7 @@ def _engine_of(options: argparse.Namespace) -> FakeEngine:
     if options.profile is not None:
         decoder = ProfileDecoderConfig(
             path=options.profile.resolve(),
-            disturbance={"host_overhead_ms": options.host_ms},
+            disturbance=Disturbance(host_overhead_ms=options.host_ms),
         )
     else:
         decoder = TorchDecoderConfig(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from perf.trtllm_fake.active_request import ActiveRequest
-from taper_trtllm.config import EngineConfig
+from taper_trtllm.config import TorchEngineConfig
 from taper_trtllm.engines.base import PrefillChunk, SequenceId, SequenceParams, StepPlan
 from taper_trtllm.engines.sampling import draw_tokens
 from taper_trtllm.engines.step_batch import Segment
@@ -28,7 +28,7 @@ class TorchModel(TorchEngine):
         ConfigError: The checkpoint cannot be served, or a limit does not fit it.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: TorchEngineConfig) -> None:
         super().__init__(config)
         self._requests: dict[SequenceId, ActiveRequest] = {}
 

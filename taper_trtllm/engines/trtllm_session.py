@@ -170,7 +170,7 @@ class TrtllmSession:
             output_config=trt.OutputConfig(exclude_input_from_output=True),
             end_id=stop_ids[0] if stop_ids else None,
             stop_words=[[token_id] for token_id in stop_ids[1:]] or None,
-            kv_cache_retention_config=self._retention_config(place.num_prefix_tokens),
+            kv_cache_retention_config=self._retention_config(place),
             client_id=place.client_id,
             priority=_PROTECTED if place.is_protected else 0.5,
             cache_salt_id=place.cache_salt_id,
@@ -187,19 +187,18 @@ class TrtllmSession:
             seed=seed,
         )
 
-    def _retention_config(self, num_prefix_tokens: int) -> Any:
+    def _retention_config(self, place: PlaceRequest) -> Any:
         """Keeps a shared prefix before all, then branches that will come back."""
         kept = timedelta(seconds=self._config.retention_s)
         retention = self._trt.KvCacheRetentionConfig
+        cut, end = place.num_prefix_tokens, len(place.token_ids)
         ranges = [
-            retention.TokenRangeRetentionConfig(num_prefix_tokens, None, _BRANCH_PRIORITY, kept)
+            retention.TokenRangeRetentionConfig(start, end, priority, kept)
+            for start, end, priority in ((0, cut, _PREFIX_PRIORITY), (cut, end, _BRANCH_PRIORITY))
+            if start < end
         ]
-        if num_prefix_tokens:
-            ranges.insert(
-                0,
-                retention.TokenRangeRetentionConfig(0, num_prefix_tokens, _PREFIX_PRIORITY, kept),
-            )
-        return retention(ranges, _BRANCH_PRIORITY, kept)
+        # The binding refuses its own default of `directory`, which this transfer mode does not use.
+        return retention(ranges, _BRANCH_PRIORITY, kept, directory="")
 
 
 def _import_bindings(name: str) -> Any:
