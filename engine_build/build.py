@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -17,7 +18,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from engine_build import preflight
 from engine_build.checkpoint_files import input_files
@@ -31,15 +31,9 @@ from engine_build.engine_dir import (
 )
 from engine_build.machine import Gpu, query_gpus, software_versions
 from engine_build.manifest import MANIFEST_FILE, FileHasher, make_manifest, write_manifest
-from engine_build.memory_plan import (
-    FREE_GPU_MEMORY_FRACTION,
-    GIB,
-    BranchLoad,
-    MemoryPlan,
-    most_num_tokens,
-    plan_memory,
-)
+from engine_build.memory_plan import GIB, BranchLoad, MemoryPlan, most_num_tokens, plan_memory
 from engine_build.model_shape import ModelError, ModelShape, read_model_shape
+from engine_build.plan_table import plan_table
 from engine_build.preflight import Findings
 from engine_build.step_runner import CheckedStep, StepError, StepRunner
 
@@ -110,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = _check(options, shape, load, gpus, arguments, findings)
     _report(findings)
     if plan is not None:
-        console.print(_plan_table(plan, options))
+        console.print(plan_table(plan, options))
     if findings.problems or shape is None or plan is None:
         return _REFUSED
     if arguments.dry_run:
@@ -156,11 +150,12 @@ def _check(
     dry_run = arguments.dry_run
     gpu_bytes = min((gpu.memory_bytes for gpu in gpus), default=None)
     if arguments.gpu_memory_gib is not None:
-        if not arguments.gpu_memory_gib > 0:
+        if 0 < arguments.gpu_memory_gib < math.inf:
+            gpu_bytes = int(arguments.gpu_memory_gib * GIB)
+        else:
             findings.problems.append(
                 f"--gpu-memory-gib: must be positive (got {arguments.gpu_memory_gib})"
             )
-        gpu_bytes = int(arguments.gpu_memory_gib * GIB)
     preflight.check_values(options, findings)
     if shape is not None:
         preflight.check_model(options, shape, findings)
@@ -254,49 +249,3 @@ def _report(findings: Findings) -> None:
     if findings.problems:
         lines = "".join(f"\n  - {text}" for text in findings.problems)
         print(f"engine_build build: refused{lines}", file=sys.stderr)
-
-
-def _plan_table(plan: MemoryPlan, options: BuildOptions) -> Table:
-    kv_cache = "fp8" if options.kv_cache_dtype == "fp8" else "bfloat16"
-    table = Table(
-        title=f"one GPU: {options.dtype}, KV cache {kv_cache}, TP {options.tp_size}",
-        show_header=False,
-    )
-    table.add_column()
-    table.add_column(justify="right")
-    for label, num_bytes in (
-        ("weights", plan.weight_bytes),
-        (f"activations, {options.max_num_tokens} tokens (estimate)", plan.activation_bytes),
-        ("CUDA, NCCL, runtime (allowance)", plan.runtime_bytes),
-        (f"KV pool, {FREE_GPU_MEMORY_FRACTION} of the rest", plan.kv_pool_bytes),
-        ("all memory", plan.gpu_bytes),
-    ):
-        table.add_row(label, _size(num_bytes))
-    table.add_section()
-    load, pool = plan.load, plan.num_kv_blocks
-    table.add_row("KV cache of a token", f"{plan.kv_bytes_per_token} B")
-    table.add_row(f"KV blocks of {plan.tokens_per_block} tokens", _count(pool))
-    table.add_row(
-        f"sequences of {plan.max_seq_len}, nothing shared",
-        f"{_count(plan.num_longest)} of max_batch_size {plan.max_batch_size}",
-    )
-    table.add_section()
-    table.add_row(
-        f"{load.num_branches} branches x {load.branch_tokens} over {load.prefix_tokens} tokens", ""
-    )
-    table.add_row("  blocks, prefix shared", _of_pool(plan.shared_blocks, pool))
-    table.add_row("  blocks, prefix held by each", _of_pool(plan.unshared_blocks, pool))
-    table.add_row("  (re)starts that fit one iteration", str(plan.restarts_per_step))
-    return table
-
-
-def _size(num_bytes: int | None) -> str:
-    return "?" if num_bytes is None else f"{num_bytes / 1e9:.1f} GB ({num_bytes / GIB:.1f} GiB)"
-
-
-def _count(number: int | None) -> str:
-    return "?" if number is None else str(number)
-
-
-def _of_pool(blocks: int, pool: int | None) -> str:
-    return f"{blocks} ({blocks / pool:.0%} of the pool)" if pool else str(blocks)

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Published dense sizes by (hidden_size, num_hidden_layers, num_attention_heads,
-# num_key_value_heads, head_dim, intermediate_size), from the config.json of each.
-_PUBLISHED = {
+# Published dense sizes, from the config.json of each.
+_PUBLISHED: dict[tuple[int, ...], str] = {
     (1024, 28, 16, 8, 128, 3072): "Qwen3-0.6B",
     (2048, 28, 16, 8, 128, 6144): "Qwen3-1.7B",
     (2560, 36, 32, 8, 128, 9728): "Qwen3-4B",
@@ -17,6 +16,14 @@ _PUBLISHED = {
     (5120, 40, 40, 8, 128, 17408): "Qwen3-14B",
     (5120, 64, 64, 8, 128, 25600): "Qwen3-32B",
 }
+_SIZES = (  # the fields of the keys above
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+)
 _MODEL_TYPE = "qwen3"
 _ARCHITECTURE = "Qwen3ForCausalLM"
 
@@ -113,26 +120,16 @@ class _ConfigReader:
 
     def read(self) -> ModelShape:
         self._check_architecture()
-        sizes = tuple(
-            self._positive(field)
-            for field in (
-                "hidden_size",
-                "num_hidden_layers",
-                "num_attention_heads",
-                "num_key_value_heads",
-                "head_dim",
-                "intermediate_size",
-            )
-        )
+        sizes = {field: self._positive(field) for field in _SIZES}
         vocab_size = self._positive("vocab_size")
         max_seq_len = self._max_seq_len()
         if self._problems:
             raise ModelError(self._problems)
-        published = _PUBLISHED.get(sizes)
+        published = _PUBLISHED.get(tuple(sizes.values()))
         return ModelShape(
-            published or self._path.resolve().parent.name,
-            published is not None,
-            *sizes,
+            name=published or self._path.resolve().parent.name,
+            is_published=published is not None,
+            **sizes,
             vocab_size=vocab_size,
             max_seq_len=max_seq_len,
             tie_word_embeddings=bool(self._config.get("tie_word_embeddings", False)),
