@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from engine_build import calibrate
+from engine_build import build, calibrate
 from taper_trtllm.config import ConfigError
 from taper_trtllm.profile import ProfileError
 
@@ -14,6 +14,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs a sub-command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="engine_build", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
+    build.add_parser(commands)
     calibrate.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:
