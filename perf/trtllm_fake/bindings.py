@@ -139,6 +139,8 @@ def _runtime_config(
             max_num_tokens=_smaller(config.max_num_tokens, build.max_num_tokens),
             max_seq_len=build.max_seq_len,
             chunked_context=_if_paged(config.enable_chunked_context, plugins, "chunked context"),
+            equal_progress=config.scheduler_config.context_chunking_policy
+            == _module.ContextChunkingPolicy.EQUAL_PROGRESS,
             max_queue_size=config.max_queue_size,
         ),
         num_kv_blocks=num_kv_blocks,
@@ -157,9 +159,6 @@ def _check_made(config: Any) -> None:
     policy = scheduler.capacity_scheduler_policy
     if policy != _module.CapacitySchedulerPolicy.GUARANTEED_NO_EVICT:
         raise NotImplementedError(f"the fake executor does not do {policy.name}")
-    chunking = scheduler.context_chunking_policy
-    if chunking not in (None, _module.ContextChunkingPolicy.FIRST_COME_FIRST_SERVED):
-        raise NotImplementedError(f"the fake executor does not do {chunking.name}")
     if config.batching_type != _module.BatchingType.INFLIGHT or config.max_beam_width != 1:
         raise NotImplementedError("the fake executor does in-flight batching with one beam only")
     for name in ("host_cache_size", "max_attention_window", "sink_token_length"):

@@ -42,6 +42,7 @@ class LoopLimits:
         max_num_tokens: Most tokens in a step.
         max_seq_len: Longest sequence.
         chunked_context: Prompts may be cut to fit a step.
+        equal_progress: They are cut by turns instead of in order.
         max_queue_size: Most queued requests; None or 0 for no limit.
     """
 
@@ -49,6 +50,7 @@ class LoopLimits:
     max_num_tokens: int
     max_seq_len: int
     chunked_context: bool
+    equal_progress: bool = False
     max_queue_size: int | None = None
 
     @property
@@ -148,6 +150,7 @@ class ExecutionLoop:
             limits.max_batch_size,
             limits.max_num_tokens,
             tree.tokens_per_block if limits.chunked_context else None,
+            limits.equal_progress,
         )
         self._queue: list[QueuedRequest] = []
         self._cancelled: set[int] = set()

@@ -106,17 +106,19 @@ class MicroBatchScheduler:
 
     A generating request costs one token, a context request all of its remaining prompt: what it may
     reuse is not known yet. Without chunking, the first that does not fit ends the scan. With it,
-    contexts share what generating requests leave, in order, cut to whole chunk units.
+    contexts share what generating requests leave, cut to whole chunk units: in order, or by turns.
 
     Attributes:
         max_batch_size: Most requests.
         max_num_tokens: Most tokens.
         chunk_unit: Unit of context chunks; None if contexts are not cut.
+        equal_progress: Contexts get one unit each by turns (`ContextChunkingPolicy`).
     """
 
     max_batch_size: int
     max_num_tokens: int
     chunk_unit: int | None
+    equal_progress: bool = False
 
     def schedule(self, fitting: Sequence[ActiveRequest]) -> ScheduledBatch:
         """Selects from those that the capacity scheduler let through.
@@ -147,13 +149,30 @@ class MicroBatchScheduler:
             if len(batch) + len(contexts) >= self.max_batch_size:
                 break
         if not fits or num_context_tokens > self.max_num_tokens - num_tokens:
-            self._cut(contexts, self.max_num_tokens - num_tokens)
+            cut = self._cut_equally if self.equal_progress else self._cut_in_order
+            cut(contexts, self.max_num_tokens - num_tokens)
             # Those that end their prompt stand last: they become generating requests.
             contexts.sort(key=lambda request: request.chunk_size == request.remaining_context)
         batch.context += [request for request in contexts if request.chunk_size > 0]
         return batch
 
-    def _cut(self, contexts: Sequence[ActiveRequest], capacity: int) -> None:
+    def _cut_equally(self, contexts: Sequence[ActiveRequest], capacity: int) -> None:
+        """A unit for each by turns, as long as one fits."""
+        assert self.chunk_unit is not None
+        sizes = [0] * len(contexts)
+        progress = True
+        while progress and capacity > 0:
+            progress = False
+            for index, request in enumerate(contexts):
+                more = min(self.chunk_unit, request.remaining_context - sizes[index])
+                if 0 < more <= capacity:
+                    sizes[index] += more
+                    capacity -= more
+                    progress = True
+        for request, size in zip(contexts, sizes, strict=True):
+            request.set_chunk_size(size)
+
+    def _cut_in_order(self, contexts: Sequence[ActiveRequest], capacity: int) -> None:
         """First come, first served."""
         assert self.chunk_unit is not None
         for request in contexts:

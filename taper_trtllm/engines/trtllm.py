@@ -83,8 +83,7 @@ class Losses:
         num_lost_tokens: Tokens drawn and lost by that.
         num_prefix_steps: Requests that only computed a prefix.
         num_idle_steps: Steps from the plan that gave a place to its first token, beyond the first.
-        num_charged_tokens: Prompt tokens that counted against max_num_tokens though they had KV.
-        num_recomputed_tokens: Of them, those whose KV was gone.
+        num_recomputed_tokens: Prompt tokens whose KV was gone though the ledger has it.
     """
 
     num_places: int = 0
@@ -93,7 +92,6 @@ class Losses:
     num_lost_tokens: int = 0
     num_prefix_steps: int = 0
     num_idle_steps: int = 0
-    num_charged_tokens: int = 0
     num_recomputed_tokens: int = 0
 
 
@@ -278,15 +276,15 @@ class TrtllmEngine(PagedSequences):
     def _ask(self, plan: StepPlan, outcome: _Outcome) -> None:
         """Asks for the places that the plan gives, in its order, as far as the token budget goes.
 
-        TensorRT-LLM charges a request that starts with its whole prompt, whatever has KV, and the
-        first that does not fit keeps out everyone behind it, generating ones too (trtllm.md 1.8).
+        What generating requests leave of max_num_tokens is dealt out by chunk units of one block to
+        those that start (microBatchScheduler.cpp, EQUAL_PROGRESS). It is enough for a place whose
+        KV is there, whatever its length; to ask for more would not start them any sooner.
         """
-        starting = [p.prompt_length for p in self._places.values() if not p.num_tokens]
-        room = self._engine_dir.max_num_tokens - sum(starting)
-        room -= len(self._places) - len(starting)
-        is_first = not starting
+        num_starting = sum(place.num_tokens == 0 for place in self._places.values())
+        num_running = len(self._places) - num_starting
+        room = (self._engine_dir.max_num_tokens - num_running) // self.capabilities.tokens_per_block
         for wanted in self._wanted(plan):
-            if not self._is_lockstep and wanted.prompt_length > room and not is_first:
+            if num_starting >= max(1, room) and not self._is_lockstep:
                 return
             try:
                 self._give(wanted, plan)
@@ -295,8 +293,7 @@ class TrtllmEngine(PagedSequences):
             except ValueError as error:
                 outcome.failed[wanted.sequence_id] = str(error)
                 continue
-            room -= wanted.prompt_length
-            is_first = False
+            num_starting += 1
 
     def _wanted(self, plan: StepPlan) -> list[Place]:
         """Places of the plan that are not given yet: protected ones, prefill, extras."""
@@ -366,7 +363,6 @@ class TrtllmEngine(PagedSequences):
         self.losses.num_places += 1
         self.losses.num_reentries += num_before > 0
         self.losses.num_prefix_steps += not place.keeps_tokens
-        self.losses.num_charged_tokens += place.num_known_tokens
 
     # ---- what became of it
 

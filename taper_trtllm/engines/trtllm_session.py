@@ -89,7 +89,12 @@ class TrtllmSession:
         trt, config = self._trt, self._config
         return trt.ExecutorConfig(
             max_beam_width=1,
-            scheduler_config=trt.SchedulerConfig(trt.CapacitySchedulerPolicy.GUARANTEED_NO_EVICT),
+            # By turns, each start needs one chunk unit of the token budget; in order, the first
+            # takes its whole prompt of it, though all but its last token has KV.
+            scheduler_config=trt.SchedulerConfig(
+                trt.CapacitySchedulerPolicy.GUARANTEED_NO_EVICT,
+                trt.ContextChunkingPolicy.EQUAL_PROGRESS,
+            ),
             kv_cache_config=trt.KvCacheConfig(
                 enable_block_reuse=True,
                 max_tokens=config.kv_cache_tokens,
