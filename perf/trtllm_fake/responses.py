@@ -6,12 +6,14 @@ Follows `LlmRequest::createResult` (batch_manager/llmRequest.cpp) and `awaitResp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from perf.trtllm_fake.active_request import ActiveRequest
+from perf.trtllm_fake.block_tree import BlockCounts
 from perf.trtllm_fake.loop import Outcome
 from perf.trtllm_fake.making import Maker
 
@@ -20,7 +22,7 @@ class Mailbox:
     """Responses by request.
 
     Args:
-        module: The strict classes.
+        module: The bindings' classes; `Result` must have `defer_metrics`.
     """
 
     def __init__(self, module: SimpleNamespace) -> None:
@@ -28,12 +30,7 @@ class Mailbox:
         self._make_response = Maker(module.Response)
         self._make_failed = Maker(module.Response)
         self._make_result = Maker(module.Result)
-        self._make_metrics = Maker(module.RequestPerfMetrics)
-        self._make_times = Maker(module.TimingMetrics)
-        self._make_kv_cache = Maker(module.KvCacheMetrics)
-        self._no_speculation = Maker(module.SpeculativeDecodingMetrics)(
-            acceptance_rate=0.0, total_accepted_draft_tokens=0, total_draft_tokens=0
-        )
+        self._make_metrics = _Metrics(module)
         self._responses: dict[int, list[Any]] = {}
         self._ended: set[int] = set()  # requests whose last response is in the box
         self._terminated: set[int] = set()  # those whose last response was taken
@@ -89,7 +86,7 @@ class Mailbox:
     def _result(self, outcome: Outcome) -> Any:
         request = outcome.request
         assert request is not None
-        return self._make_result(
+        result = self._make_result(
             is_final=request.is_finished,
             output_token_ids=[outcome.tokens],
             cum_log_probs=None,
@@ -104,22 +101,63 @@ class Mailbox:
             decoding_iter=request.decoding_iter,
             avg_decoded_tokens_per_iter=request.tokens_per_step,
             context_phase_params=None,
-            request_perf_metrics=self._metrics(request),
+            request_perf_metrics=None,
             additional_outputs=[],
         )
+        if request.asked.return_perf_metrics:
+            result.defer_metrics(self._metrics(request))
+        return result
 
-    def _metrics(self, request: ActiveRequest) -> Any:
-        if not request.asked.return_perf_metrics:
-            return None
-        counts = request.counts
-        return self._make_metrics(
+    def _metrics(self, request: ActiveRequest) -> Callable[[], Any]:
+        """Makes the metrics as they are now, when they are asked for."""
+        times = (
+            request.fetched_s,
+            request.first_scheduled_s,
+            request.first_token_s,
+            request.last_token_s,
+        )
+        iters = (request.first_iter, request.last_iter, request.iter)
+        return partial(self._make_metrics, times, request.counts, iters)
+
+
+class _Metrics:
+    """Makes `RequestPerfMetrics`.
+
+    Args:
+        module: The strict classes.
+    """
+
+    def __init__(self, module: SimpleNamespace) -> None:
+        self._make = Maker(module.RequestPerfMetrics)
+        self._make_times = Maker(module.TimingMetrics)
+        self._make_kv_cache = Maker(module.KvCacheMetrics)
+        self._no_speculation = Maker(module.SpeculativeDecodingMetrics)(
+            acceptance_rate=0.0, total_accepted_draft_tokens=0, total_draft_tokens=0
+        )
+
+    def __call__(
+        self,
+        times_s: Sequence[float | None],
+        counts: BlockCounts,
+        iters: Sequence[int | None],
+    ) -> Any:
+        """The metrics.
+
+        Args:
+            times_s: Of the fetch, the first launch, the first token and the end.
+            counts: Blocks.
+            iters: Numbers of the first, the last and the latest step.
+        """
+        arrival, first_scheduled, first_token, last_token = map(_time, times_s)
+        first_iter, last_iter, latest_iter = iters
+        return self._make(
             timing_metrics=self._make_times(
-                arrival_time=_time(request.fetched_s),
-                first_scheduled_time=_time(request.first_scheduled_s),
-                first_token_time=_time(request.first_token_s),
-                last_token_time=_time(request.last_token_s),
-                kv_cache_transfer_start=_time(None),
-                kv_cache_transfer_end=_time(None),
+                arrival_time=arrival,
+                first_scheduled_time=first_scheduled,
+                first_token_time=first_token,
+                last_token_time=last_token,
+                kv_cache_transfer_start=_NEVER,
+                kv_cache_transfer_end=_NEVER,
                 kv_cache_size=0,
             ),
             kv_cache_metrics=self._make_kv_cache(
@@ -130,9 +168,9 @@ class Mailbox:
                 kv_cache_hit_rate=counts.hit_rate,
             ),
             speculative_decoding=self._no_speculation,
-            first_iter=request.first_iter,
-            last_iter=request.last_iter,
-            iter=request.iter,
+            first_iter=first_iter,
+            last_iter=last_iter,
+            iter=latest_iter,
         )
 
 

@@ -277,7 +277,14 @@ def _copy(value: Any) -> Any:
         copied = copy.copy(value)
         copied._values = {name: _copy(item) for name, item in value._values.items()}
         return copied
-    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return list(value) if _are_ints(value) else [_copy(item) for item in value]
+    return value
+
+
+def _are_ints(value: Sequence[Any]) -> bool:
+    """All are of type int; as fast as long prompts need."""
+    return set(map(type, value)) == {int}
 
 
 def _accepts(type_text: str, value: Any, names: dict[str, Any]) -> bool:
@@ -298,6 +305,8 @@ def _matches(node: ast.expr, value: Any, names: dict[str, Any]) -> bool:
         case ast.Subscript(slice=item):
             if not isinstance(value, Sequence) or isinstance(value, str | bytes):
                 return False
+            if isinstance(item, ast.Name) and item.id == "int" and _are_ints(value):
+                return True
             return all(_matches(item, part, names) for part in value)
         case ast.Name(id="object") if value is None:
             return True
