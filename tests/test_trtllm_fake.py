@@ -448,6 +448,20 @@ def test_partial_matches_are_claimed_copied_or_left_alone(tmp_path: Path) -> Non
     assert reused(enable_block_reuse=False) == 0
 
 
+def test_a_cancel_amid_a_prompt_publishes_blocks_that_were_never_computed(tmp_path: Path) -> None:
+    """As the original does: whoever cancels there must not reuse the prefix."""
+    ex = executor(make_engine(tmp_path, max_num_tokens=8))
+    client = Client(ex)
+    (first,) = client.send(request(prompt_of(41), 2))
+    client.step()
+    ex.cancel_request(first)
+    client.finish(first)
+    assert recomputed(ex, first) == 8
+    (second,) = client.send(request(prompt_of(41), 2))
+    client.finish(second)
+    assert recomputed(ex, second) == 1
+
+
 def test_metrics_of_a_request_count_its_prompt_blocks(engine: Path) -> None:
     client = Client(executor(engine))
     output = trt.OutputConfig(return_perf_metrics=True)
@@ -579,7 +593,8 @@ def test_a_request_ends_when_its_time_is_over(engine: Path) -> None:
     (late,) = client.send(request(prompt_of(5), 100, allotted_time_ms=allotted))
     client.finish(late)
     assert client.reason(late) == "TIMED_OUT"
-    assert len(client.tokens[late]) == 5, "steps of 10 ms, the sixth is lost"
+    # Steps of 10 ms: the launch after the sixth finds it late, and the seventh token is lost.
+    assert len(client.tokens[late]) == 6
 
 
 def test_what_is_wrong_with_a_request_is_said_where_the_original_says_it(engine: Path) -> None:

@@ -6,14 +6,13 @@ Follows `LlmRequest::createResult` (batch_manager/llmRequest.cpp) and `awaitResp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 from perf.trtllm_fake.active_request import ActiveRequest
-from perf.trtllm_fake.block_tree import BlockCounts
 from perf.trtllm_fake.loop import Outcome
 from perf.trtllm_fake.making import Maker
 
@@ -27,6 +26,7 @@ class Mailbox:
 
     def __init__(self, module: SimpleNamespace) -> None:
         self._reasons = module.FinishReason.__members__
+        self._unfinished = module.FinishReason.NOT_FINISHED
         self._make_response = Maker(module.Response)
         self._make_failed = Maker(module.Response)
         self._make_result = Maker(module.Result)
@@ -86,8 +86,9 @@ class Mailbox:
     def _result(self, outcome: Outcome) -> Any:
         request = outcome.request
         assert request is not None
+        is_final = request.is_finished
         result = self._make_result(
-            is_final=request.is_finished,
+            is_final=is_final,
             output_token_ids=[outcome.tokens],
             cum_log_probs=None,
             log_probs=None,
@@ -95,9 +96,9 @@ class Mailbox:
             generation_logits=None,
             spec_dec_fast_logits_info=None,
             encoder_output=None,
-            finish_reasons=[self._reasons[request.finish.name]],
+            finish_reasons=[self._reasons[request.finish.name] if is_final else self._unfinished],
             sequence_index=0,
-            is_sequence_final=request.is_finished,
+            is_sequence_final=is_final,
             decoding_iter=request.decoding_iter,
             avg_decoded_tokens_per_iter=request.tokens_per_step,
             context_phase_params=None,
@@ -105,19 +106,8 @@ class Mailbox:
             additional_outputs=[],
         )
         if request.asked.return_perf_metrics:
-            result.defer_metrics(self._metrics(request))
+            result.defer_metrics(partial(self._make_metrics, request, request.iter, is_final))
         return result
-
-    def _metrics(self, request: ActiveRequest) -> Callable[[], Any]:
-        """Makes the metrics as they are now, when they are asked for."""
-        times = (
-            request.fetched_s,
-            request.first_scheduled_s,
-            request.first_token_s,
-            request.last_token_s,
-        )
-        iters = (request.first_iter, request.last_iter, request.iter)
-        return partial(self._make_metrics, times, request.counts, iters)
 
 
 class _Metrics:
@@ -135,27 +125,21 @@ class _Metrics:
             acceptance_rate=0.0, total_accepted_draft_tokens=0, total_draft_tokens=0
         )
 
-    def __call__(
-        self,
-        times_s: Sequence[float | None],
-        counts: BlockCounts,
-        iters: Sequence[int | None],
-    ) -> Any:
-        """The metrics.
+    def __call__(self, request: ActiveRequest, latest_iter: int | None, ended: bool) -> Any:
+        """The metrics of a response.
 
         Args:
-            times_s: Of the fetch, the first launch, the first token and the end.
-            counts: Blocks.
-            iters: Numbers of the first, the last and the latest step.
+            request: Whose.
+            latest_iter: Number of the step that the response is of.
+            ended: It is the last one. What a request has more by now is left out.
         """
-        arrival, first_scheduled, first_token, last_token = map(_time, times_s)
-        first_iter, last_iter, latest_iter = iters
+        counts = request.counts
         return self._make(
             timing_metrics=self._make_times(
-                arrival_time=arrival,
-                first_scheduled_time=first_scheduled,
-                first_token_time=first_token,
-                last_token_time=last_token,
+                arrival_time=_time(request.fetched_s),
+                first_scheduled_time=_time(request.first_scheduled_s),
+                first_token_time=_time(request.first_token_s),
+                last_token_time=_time(request.last_token_s if ended else None),
                 kv_cache_transfer_start=_NEVER,
                 kv_cache_transfer_end=_NEVER,
                 kv_cache_size=0,
@@ -168,8 +152,8 @@ class _Metrics:
                 kv_cache_hit_rate=counts.hit_rate,
             ),
             speculative_decoding=self._no_speculation,
-            first_iter=first_iter,
-            last_iter=last_iter,
+            first_iter=request.first_iter,
+            last_iter=request.last_iter if ended else None,
             iter=latest_iter,
         )
 
