@@ -176,6 +176,12 @@ def _check_module(contract: Contract, engine_dir: Path | None) -> Iterator[Check
 def _check_engine(module: ModuleType, engine_dir: Path) -> Iterator[Check]:
     """Generation, KV reuse, cancellation and statistics on a compiled engine."""
     try:
+        config = json.loads((engine_dir / "config.json").read_text())
+        num_ranks = config["pretrained_config"].get("mapping", {}).get("world_size", 1)
+        if num_ranks > 1:
+            reason = f"{engine_dir} is for {num_ranks} ranks: give an engine for one GPU"
+            yield Check("engine", "not checked", (reason,))
+            return
         run = _EngineRun(module, engine_dir)
     except Exception as error:
         yield Check("engine", "FAILED", (f"{engine_dir}: {type(error).__name__}: {error}",))

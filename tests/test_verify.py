@@ -375,9 +375,22 @@ def test_absent_package_says_what_stays_open(
 # ---- engine
 
 
+def write_engine_config(engine_dir: Path, num_ranks: int = 1) -> None:
+    config = {"pretrained_config": {"mapping": {"world_size": num_ranks}}}
+    (engine_dir / "config.json").write_text(json.dumps(config))
+
+
+def test_engine_of_several_ranks_is_not_run(package: Package, tmp_path: Path) -> None:
+    package.write()
+    write_engine_config(tmp_path, num_ranks=2)
+    status, checks = run(tmp_path, "--engine-dir", str(tmp_path))
+    assert (status, checks["engine"]["outcome"]) == (0, "not checked")
+    assert "2 ranks" in checks["engine"]["details"][0]
+
+
 def test_engine_run_proves_reuse_and_cancel(package: Package, tmp_path: Path) -> None:
     package.write(code=RUNTIME + "BLOCKS = lambda shared: shared // 32\n")
-    (tmp_path / "config.json").touch()
+    write_engine_config(tmp_path)
     status, checks = run(tmp_path, "--engine-dir", str(tmp_path))
     assert status == 0, checks
     assert checks["engine: generation"]["details"] == ["8 tokens on 300"]
@@ -413,7 +426,7 @@ def test_engine_failures_are_named(
     package: Package, tmp_path: Path, code: str, failed: str, reason: str
 ) -> None:
     package.write(code=RUNTIME + code)
-    (tmp_path / "config.json").touch()
+    write_engine_config(tmp_path)
     status, checks = run(tmp_path, "--engine-dir", str(tmp_path))
     assert status == 1
     assert [n for n, c in checks.items() if c["outcome"] == "FAILED"] == [failed]
