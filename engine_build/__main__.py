@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from engine_build import build, calibrate
+from engine_build import build, calibrate, verify
+from engine_build.contract import ContractError
 from taper_trtllm.config import ConfigError
 from taper_trtllm.profile import ProfileError
 
@@ -16,10 +17,11 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     build.add_parser(commands)
     calibrate.add_parser(commands)
+    verify.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except (ConfigError, ProfileError) as error:
+    except (ConfigError, ContractError, ProfileError) as error:
         print(f"engine_build {arguments.command}: {error}", file=sys.stderr)
         return 2
 

@@ -63,7 +63,7 @@ class Parameter(_Record):
         required: Without a default in the signature.
         default: As in the signature. The bindings may refuse their own default: a None where
             `type` has no None makes the argument required in fact.
-        type: What is accepted.
+        type: What is accepted; None for a required argument by some versions of nanobind only.
         note: What a caller must know beside that.
     """
 
@@ -87,8 +87,9 @@ class Property(_Record):
 
     Attributes:
         writable: It has a setter.
-        type: What the getter returns. Setters refuse None, whatever the type, see `takes_none`.
-        takes_none: The setter accepts None.
+        type: What the getter returns.
+        takes_none: The setter accepts None; others refuse it, whatever the type, at least with
+            some versions of nanobind.
         argument: The constructor argument it reads back, where that has another name.
         initial: The value where the constructor was not given one, or None.
         note: What a caller must know beside that.
@@ -163,9 +164,11 @@ class Contract(_Record):
     def _check_references(self) -> Contract:
         if (self.status == "confirmed") != (self.confirmed is not None):
             raise ValueError("status: must be 'confirmed' exactly where `confirmed` says how")
-        for name, record in {**self.enums, **self.classes}.items():
-            if record.source not in self.sources:
-                raise ValueError(f"{name}.source: {record.source!r} is not in sources")
+        sources = {name: enum.source for name, enum in self.enums.items()}
+        sources |= {name: record.source for name, record in self.classes.items()}
+        for name, source in sources.items():
+            if source not in self.sources:
+                raise ValueError(f"{name}.source: {source!r} is not in sources")
         for name, record in self.classes.items():
             for parameter in (p for c in record.constructors for p in c.parameters):
                 self._check_default(f"{name}.{parameter.name}", parameter.default)

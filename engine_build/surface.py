@@ -1,8 +1,8 @@
 r"""Reads the API surface of nanobind bindings: from type stubs, or from an imported module.
 
-Both come out as the records of a contract, so that one comparison serves both. Forms read here
-were checked against nanobind 2.8: `__nb_signature__` holds (signature, docstring, defaults) per
-overload, with `\0`, `\1`, ... in the signature where a default stands.
+Both come out as the records of a contract, so that one comparison serves both. The forms were
+checked against nanobind 2.4, 2.8 and 3.1: `__nb_signature__` holds (signature, docstring, defaults)
+for each overload, with `\0`, `\1`, ... in the signature where a default stands.
 """
 
 from __future__ import annotations
@@ -214,7 +214,9 @@ def read_module(module: ModuleType, names: Iterable[str]) -> Surface:
 
 
 def _class_record(cls: type) -> ClassRecord:
-    members = vars(cls)
+    members: dict[str, Any] = {}
+    for base in cls.__mro__[-2::-1]:  # without object
+        members.update(vars(base))
     properties, methods, attributes = {}, {}, {}
     for name, member in members.items():
         if isinstance(member, property):

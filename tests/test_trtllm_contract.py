@@ -123,6 +123,8 @@ def test_nested_class_and_submodule(api: SimpleNamespace) -> None:
     kept = api.KvCacheRetentionConfig.TokenRangeRetentionConfig(0, 64, 90, lasts)
     config = api.KvCacheRetentionConfig([kept], 80, directory="")
     assert config.token_range_retention_configs[0].duration_ms == lasts
+    with pytest.raises(TypeError, match="'token_end' is int, got None"):
+        api.KvCacheRetentionConfig.TokenRangeRetentionConfig(0, None, 90)
     with pytest.raises(TypeError, match="no constructor"):
         api.kv_cache.KVCacheEvent()
     assert create(api.kv_cache.KVCacheEvent, event_id=3).event_id == 3

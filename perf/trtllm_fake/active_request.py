@@ -249,7 +249,8 @@ class ActiveRequest:
     def take_output(self) -> list[int] | None:
         """Tokens of the next response; None if there is none now (`createResult`)."""
         asked = self.asked
-        if not self.is_finished and not (asked.streaming and self.num_visible > self.num_sent):
+        has_new = asked.streaming and self.num_visible > self.num_sent
+        if not has_new and self.state is not State.COMPLETE:
             return None
         if not asked.streaming:
             start = self.prompt_len if asked.exclude_input else 0

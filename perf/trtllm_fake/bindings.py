@@ -7,7 +7,7 @@ faults, block check and history for tests and simulations.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,6 +41,20 @@ class Response(_module.Response):
 
     def _has_error(self) -> bool:
         return "error_msg" in self._values
+
+
+class Result(_module.Result):
+    """Its metrics are made when they are read: few are."""
+
+    def defer_metrics(self, make: Callable[[], Any]) -> None:
+        """Of the fake: what makes the metrics."""
+        self._values["make_metrics"] = make
+
+    @property
+    def request_perf_metrics(self) -> Any:
+        """`RequestPerfMetrics`, if they were asked for."""
+        make = self._values.get("make_metrics")
+        return None if make is None else make()
 
 
 class Executor(_module.Executor):
@@ -188,4 +202,4 @@ def _smaller(wanted: int | None, built: int) -> int:
     return built if wanted is None else min(wanted, built)
 
 
-_names = SimpleNamespace(**{**vars(_module), "Response": Response})
+_names = SimpleNamespace(**{**vars(_module), "Response": Response, "Result": Result})

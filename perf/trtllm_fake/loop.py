@@ -14,6 +14,9 @@ Follows `Executor::Impl::executionLoop` (executor/executorImpl.cpp @b35ac1b6) an
 Whoever reacts to the responses of step k therefore changes step k+2. An exception in a step ends
 all active requests with an error.
 
+The original collects cancels when it begins to wait for the step in flight. A client that is quick
+comes in time to have its cancel act at the end of that step, which is what happens here always.
+
 The loop has no thread: `compute` does the heavy part of (1), `turn` the rest.
 """
 
@@ -74,7 +77,7 @@ class QueuedRequest:
         return self.asked.priority
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Outcome:
     """What is published for a request: new tokens, or why it failed.
 
@@ -255,13 +258,14 @@ class ExecutionLoop:
             self._update_requests(step, output)
             self._terminate_cancelled(step)
         self.iter += 1
-        finished = [request for request in self._active if request.is_finished]
+        finished = [request for request in self._active if request.state is State.COMPLETE]
         if finished:
             self._active = [request for request in self._active if not request.is_finished]
         return finished
 
     def _collect_cancelled(self) -> None:
-        now_s = self._clock.now_s()
+        """Cancels up to now; time-outs up to the launch of the step, where the original looks."""
+        now_s = self._clock.now_s() if self._step is None else self._step.launched_s
         for request in self._active:
             timed_out = request.timed_out(now_s)
             if timed_out or request.request_id in self._cancelled:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,20 +21,16 @@ class Mailbox:
     """Responses by request.
 
     Args:
-        module: The strict classes.
+        module: The bindings' classes; `Result` must have `defer_metrics`.
     """
 
     def __init__(self, module: SimpleNamespace) -> None:
         self._reasons = module.FinishReason.__members__
+        self._unfinished = module.FinishReason.NOT_FINISHED
         self._make_response = Maker(module.Response)
         self._make_failed = Maker(module.Response)
         self._make_result = Maker(module.Result)
-        self._make_metrics = Maker(module.RequestPerfMetrics)
-        self._make_times = Maker(module.TimingMetrics)
-        self._make_kv_cache = Maker(module.KvCacheMetrics)
-        self._no_speculation = Maker(module.SpeculativeDecodingMetrics)(
-            acceptance_rate=0.0, total_accepted_draft_tokens=0, total_draft_tokens=0
-        )
+        self._make_metrics = _Metrics(module)
         self._responses: dict[int, list[Any]] = {}
         self._ended: set[int] = set()  # requests whose last response is in the box
         self._terminated: set[int] = set()  # those whose last response was taken
@@ -89,8 +86,9 @@ class Mailbox:
     def _result(self, outcome: Outcome) -> Any:
         request = outcome.request
         assert request is not None
-        return self._make_result(
-            is_final=request.is_finished,
+        is_final = request.is_finished
+        result = self._make_result(
+            is_final=is_final,
             output_token_ids=[outcome.tokens],
             cum_log_probs=None,
             log_probs=None,
@@ -98,28 +96,52 @@ class Mailbox:
             generation_logits=None,
             spec_dec_fast_logits_info=None,
             encoder_output=None,
-            finish_reasons=[self._reasons[request.finish.name]],
+            finish_reasons=[self._reasons[request.finish.name] if is_final else self._unfinished],
             sequence_index=0,
-            is_sequence_final=request.is_finished,
+            is_sequence_final=is_final,
             decoding_iter=request.decoding_iter,
             avg_decoded_tokens_per_iter=request.tokens_per_step,
             context_phase_params=None,
-            request_perf_metrics=self._metrics(request),
+            request_perf_metrics=None,
             additional_outputs=[],
         )
+        if request.asked.return_perf_metrics:
+            result.defer_metrics(partial(self._make_metrics, request, request.iter, is_final))
+        return result
 
-    def _metrics(self, request: ActiveRequest) -> Any:
-        if not request.asked.return_perf_metrics:
-            return None
+
+class _Metrics:
+    """Makes `RequestPerfMetrics`.
+
+    Args:
+        module: The strict classes.
+    """
+
+    def __init__(self, module: SimpleNamespace) -> None:
+        self._make = Maker(module.RequestPerfMetrics)
+        self._make_times = Maker(module.TimingMetrics)
+        self._make_kv_cache = Maker(module.KvCacheMetrics)
+        self._no_speculation = Maker(module.SpeculativeDecodingMetrics)(
+            acceptance_rate=0.0, total_accepted_draft_tokens=0, total_draft_tokens=0
+        )
+
+    def __call__(self, request: ActiveRequest, latest_iter: int | None, ended: bool) -> Any:
+        """The metrics of a response.
+
+        Args:
+            request: Whose.
+            latest_iter: Number of the step that the response is of.
+            ended: It is the last one. What a request has more by now is left out.
+        """
         counts = request.counts
-        return self._make_metrics(
+        return self._make(
             timing_metrics=self._make_times(
                 arrival_time=_time(request.fetched_s),
                 first_scheduled_time=_time(request.first_scheduled_s),
                 first_token_time=_time(request.first_token_s),
-                last_token_time=_time(request.last_token_s),
-                kv_cache_transfer_start=_time(None),
-                kv_cache_transfer_end=_time(None),
+                last_token_time=_time(request.last_token_s if ended else None),
+                kv_cache_transfer_start=_NEVER,
+                kv_cache_transfer_end=_NEVER,
                 kv_cache_size=0,
             ),
             kv_cache_metrics=self._make_kv_cache(
@@ -131,8 +153,8 @@ class Mailbox:
             ),
             speculative_decoding=self._no_speculation,
             first_iter=request.first_iter,
-            last_iter=request.last_iter,
-            iter=request.iter,
+            last_iter=request.last_iter if ended else None,
+            iter=latest_iter,
         )
 
 

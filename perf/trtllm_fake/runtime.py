@@ -17,7 +17,7 @@ from perf.trtllm_fake.decoders import Decoder, Step
 from perf.trtllm_fake.drive import Drive, ThreadedDrive, VirtualDrive
 from perf.trtllm_fake.loop import ExecutionLoop, LoopLimits, QueuedRequest
 from perf.trtllm_fake.responses import Mailbox
-from perf.trtllm_fake.statistics import Statistics
+from perf.trtllm_fake.stats import Statistics
 
 
 @dataclass(frozen=True, slots=True)

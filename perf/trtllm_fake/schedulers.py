@@ -25,9 +25,6 @@ class ScheduledBatch:
     context: list[ActiveRequest] = field(default_factory=list)
     generation: list[ActiveRequest] = field(default_factory=list)
 
-    def __len__(self) -> int:
-        return len(self.context) + len(self.generation)
-
 
 def fitting_requests(
     active: Iterable[ActiveRequest], tree: BlockTree, max_num_requests: int
@@ -129,7 +126,9 @@ class MicroBatchScheduler:
         batch, contexts = ScheduledBatch(), []
         num_tokens = num_context_tokens = 0
         fits = True
-        for request in fitting:
+        for index, request in enumerate(fitting):
+            if index >= self.max_batch_size:
+                break
             if request.state is State.GENERATION:
                 if num_tokens + 1 > self.max_num_tokens:
                     break
@@ -146,8 +145,6 @@ class MicroBatchScheduler:
                 contexts.append(request)
                 fits = fits and request.chunk_size <= self.max_num_tokens
                 num_context_tokens += min(request.chunk_size, self.max_num_tokens)
-            if len(batch) + len(contexts) >= self.max_batch_size:
-                break
         if not fits or num_context_tokens > self.max_num_tokens - num_tokens:
             cut = self._cut_equally if self.equal_progress else self._cut_in_order
             cut(contexts, self.max_num_tokens - num_tokens)

@@ -7,11 +7,12 @@ the same name with one leading underscore, by keyword: a subclass gives `enqueue
 behaviour as `_enqueue_request(self, request)`, `__enter__` as `_enter(self)`, and `_init` is
 called, if there is one, once the arguments of the constructor were checked.
 
-Behaves as nanobind does (tried with 2.8): arguments are copied in; an optional property is not
-set to None; a default that its own type refuses is no default. Stricter in three points, where
-the real class silently does what is hardly meant: a duration is a timedelta (a float would be
-taken as seconds), a constructor-only argument of a class with dynamic attributes cannot be
-assigned, and a property that was given no value cannot be read.
+Behaves as nanobind does: arguments are copied in, and a default that its own type refuses is no
+default. Where versions of nanobind differ (2.4, 2.8 and 3.1 were tried) it takes what all take:
+a required argument or a property is not set to None. Stricter in three points, where the real
+class silently does what is hardly meant: a duration is a timedelta (a float would be taken as
+seconds), a constructor-only argument of a class with dynamic attributes cannot be assigned, and a
+property that was given no value cannot be read.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ def build_module(contract: Contract) -> SimpleNamespace:
     """Everything that the contract records, under its names, with sub-modules as namespaces."""
     module = SimpleNamespace()
     names: dict[str, Any] = {}
-    for name, record in contract.enums.items():
-        names[name] = enum.Enum(name, record.members, module=contract.module, start=0)
+    for name, members in ((n, r.members) for n, r in contract.enums.items()):
+        names[name] = enum.Enum(name, members, module=contract.module, start=0)
     for name, record in contract.classes.items():
         short = name.rpartition(".")[2]
         names[short] = _build_class(short, record, contract.module, names)
@@ -84,7 +85,7 @@ def create(cls: type, **fields: Any) -> Any:
     Raises:
         TypeError: No such property, or not a value of its type.
     """
-    instance = cls.__new__(cls)
+    instance: Any = object.__new__(cls)
     instance._values = {}
     for name, value in fields.items():
         setter = getattr(vars(_built(cls)).get(name), "strict_set", None)
@@ -185,7 +186,8 @@ def _nanobind_form(
     name: str, signature: Signature, names: dict[str, Any]
 ) -> tuple[str, None, tuple[Any, ...]]:
     """The signature as nanobind carries it, so that tools that read the real one read this."""
-    texts, defaults = ["self"], []
+    texts = ["self"]
+    defaults: list[Any] = []
     kind = "positional_or_keyword"
     for parameter in signature.parameters:
         if parameter.kind == "keyword_only" != kind:
@@ -250,9 +252,10 @@ def _bind_one(
             raise TypeError(f"missing argument {parameter.name!r}")
         else:
             value = _default(parameter.default, names)
-        if not _accepts(parameter.type, value, names):
+        accepted = parameter.type.removesuffix(" | None") if parameter.required else parameter.type
+        if not _accepts(accepted, value, names):
             what = f"got {value!r}" if parameter.name in given else f"and not its default {value!r}"
-            raise TypeError(f"argument {parameter.name!r} is {parameter.type}, {what}")
+            raise TypeError(f"argument {parameter.name!r} is {accepted}, {what}")
         bound[parameter.name] = _copy(value)
     return bound
 
@@ -277,7 +280,14 @@ def _copy(value: Any) -> Any:
         copied = copy.copy(value)
         copied._values = {name: _copy(item) for name, item in value._values.items()}
         return copied
-    return [_copy(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return list(value) if _are_ints(value) else [_copy(item) for item in value]
+    return value
+
+
+def _are_ints(value: Sequence[Any]) -> bool:
+    """All are of type int; as fast as long prompts need."""
+    return set(map(type, value)) == {int}
 
 
 def _accepts(type_text: str, value: Any, names: dict[str, Any]) -> bool:
@@ -298,6 +308,8 @@ def _matches(node: ast.expr, value: Any, names: dict[str, Any]) -> bool:
         case ast.Subscript(slice=item):
             if not isinstance(value, Sequence) or isinstance(value, str | bytes):
                 return False
+            if isinstance(item, ast.Name) and item.id == "int" and _are_ints(value):
+                return True
             return all(_matches(item, part, names) for part in value)
         case ast.Name(id="object") if value is None:
             return True

@@ -60,9 +60,9 @@ class TorchModel(TorchEngine):
             self.release_sequence(request_id)
 
     def _add(self, request: ActiveRequest) -> None:
-        self._requests[request.request_id] = request
         prompt = request.text.tokens[: request.prompt_len].tolist()
         self.add_sequence(request.request_id, request.request_id, prompt, _params(request))
+        self._requests[request.request_id] = request
 
     @torch.inference_mode()
     def _run(self, segments: Sequence[Segment]) -> dict[SequenceId, int]:
@@ -84,7 +84,7 @@ class TorchModel(TorchEngine):
 def _params(request: ActiveRequest) -> SequenceParams:
     """Draws depend on the position in the request, not in the text: the seed is moved back."""
     asked = request.asked.sampling
-    sampling = SamplingParams(
+    sampling = SamplingParams.model_construct(  # the executor has no limits of its own
         temperature=0.0 if asked.greedy else asked.temperature,
         top_k=asked.top_k,
         top_p=asked.top_p,
