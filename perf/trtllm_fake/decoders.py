@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from perf.trtllm_fake.torch_model import TorchModel
 
 
+_PLACES_OF_A_CLIENT = 1 << 16  # client ids that differ by less are of one branch
+_NUM_TOKENS = 1 << 15
+
+
 @dataclass(frozen=True, slots=True)
 class ContextChunk:
     """Prompt tokens that a step computes.
@@ -94,7 +98,7 @@ class Decoder(Protocol):
 
 
 class ProfileDecoder:
-    """Draws one constant token; steps take as long as a latency profile says.
+    """Draws a constant token; steps take as long as a latency profile says.
 
     The decode batch is the generating requests with their whole contexts, prefill is the chunks
     really computed, as in `engines/simulated.py`.
@@ -105,7 +109,8 @@ class ProfileDecoder:
         disturbance: How the device differs from the profile; `host_overhead_ms` is the host's time
             per step.
         seed: Of the noise.
-        token: The token.
+        token: The token; None for one of each client id's own, so that only those who share a text
+            share its KV.
     """
 
     def __init__(
@@ -114,7 +119,7 @@ class ProfileDecoder:
         max_batch_size: int,
         disturbance: Disturbance | None = None,
         seed: int = 0,
-        token: int = 0,
+        token: int | None = 0,
     ) -> None:
         self._device = Device(profile, disturbance or Disturbance(), max_batch_size, seed)
         self._token = token
@@ -132,7 +137,10 @@ class ProfileDecoder:
         """See `Decoder`."""
 
     def _draw(self, request: ActiveRequest) -> int:
-        return self._token + (request.asked.end_id == self._token == request.banned_id)
+        token = self._token
+        if token is None:
+            token = (request.asked.client_id or 0) // _PLACES_OF_A_CLIENT % _NUM_TOKENS
+        return token + (request.asked.end_id == token == request.banned_id)
 
 
 class TorchDecoder:

@@ -91,14 +91,14 @@ class ProfileDecoderConfig(_Model):
         path: Of the profile, relative to the engine directory.
         disturbance: How the device differs from it.
         seed: Of its noise.
-        token: Every token that is drawn.
+        token: See `ProfileDecoder`.
     """
 
     kind: Literal["profile"] = "profile"
     path: Path
     disturbance: Disturbance = Disturbance()
     seed: int = 0
-    token: Annotated[int, Field(ge=0)] = 0
+    token: Annotated[int, Field(ge=0)] | None = None
 
 
 class FakeEngine(_Model):
