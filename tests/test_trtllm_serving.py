@@ -162,7 +162,7 @@ def test_mpirun_is_the_default_and_scheduling_is_what_branches_need(tmp_path, re
 
 def test_the_orchestrator_needs_its_workers_executable():
     engine = {"kind": "trtllm", "engine_dir": "engine", "communication_mode": "orchestrator"}
-    with pytest.raises(ConfigError, match="engine: .*worker_executable is required"):
+    with pytest.raises(ConfigError, match=r"engine: .*worker_executable is required"):
         parse_config({"engine": engine})
 
 
