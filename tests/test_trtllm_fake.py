@@ -143,21 +143,16 @@ class Client:
 
 def steps_of(ex: Any, request_id: int) -> list[int]:
     """Numbers of the steps that a request was in."""
-    return [
-        step.iter
-        for step in ex.runtime.history
-        if request_id in {c.request.request_id for c in step.context}
-        or request_id in {r.request_id for r in step.generation}
-    ]
+    return [step.iter for step in ex.runtime.history if request_id in step.request_ids]
 
 
 def recomputed(ex: Any, request_id: int) -> int:
     """Prompt tokens that were computed for a request."""
     return sum(
-        chunk.num_tokens
+        num_tokens
         for step in ex.runtime.history
-        for chunk in step.context
-        if chunk.request.request_id == request_id
+        for i, num_tokens in step.context
+        if i == request_id
     )
 
 
@@ -221,7 +216,7 @@ def test_statistics_are_of_the_launched_step_and_its_predecessors_time(engine: P
         stats.iter: {r.id for r in stats.request_stats if r.scheduled}
         for stats in ex.get_latest_request_stats()
     }
-    launched = {step.iter: {r.request_id for r in step.drawing} for step in ex.runtime.history}
+    launched = {step.iter: step.request_ids for step in ex.runtime.history}
     assert scheduled == {**launched, 4: set()}  # one entry more, once all have ended
     stats = ex.get_latest_iteration_stats()
     assert [s.iter for s in stats] == [0, 1, 2, 3, 4]
@@ -298,11 +293,7 @@ def test_chunks_take_what_generation_leaves_in_whole_blocks(tmp_path: Path) -> N
     client.step()
     long, short = client.send(request(prompt_of(41, 1), 2), request(prompt_of(3, 2), 2))
     client.finish(running, long, short)
-    chunks = [
-        [(c.request.request_id, c.num_tokens) for c in step.context]
-        for step in ex.runtime.history
-        if step.context
-    ]
+    chunks = [list(step.context) for step in ex.runtime.history if step.context]
     # 18 tokens beside the running one: 16 in whole blocks, and two are left, too few for `short`.
     assert chunks[1:] == [[(long, 16)], [(long, 16)], [(long, 9), (short, 3)]]
     assert len(client.tokens[long]) == 2
@@ -733,10 +724,8 @@ def test_any_script_conserves_blocks_and_answers_everything(
     for i, max_tokens in asked.items():
         reason = client.reason(i)
         assert reason == "LENGTH" or (reason == "CANCELLED" and i in cancelled)
-        lost = reason == "CANCELLED" and any(
-            i in {r.request_id for r in step.drawing} for step in ex.runtime.history
-        )
-        drawn = sum(i in {r.request_id for r in s.drawing} for s in ex.runtime.history)
+        drawn = sum(i in step.drawing for step in ex.runtime.history)
+        lost = min(drawn, 1)  # none if it was cancelled amid its prompt
         assert len(client.tokens[i]) == (drawn - lost if reason == "CANCELLED" else max_tokens)
     assert ex.runtime.tree.num_free_blocks == ex.runtime.tree.num_blocks
 

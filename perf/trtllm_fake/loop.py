@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from perf.trtllm_fake.active_request import ActiveRequest, Finish, State, Submission
 from perf.trtllm_fake.block_tree import BlockTree, TokenBlocks
 from perf.trtllm_fake.clock import Clock
-from perf.trtllm_fake.decoders import ContextChunk, Decoder, Step, StepOutput
+from perf.trtllm_fake.decoders import ContextChunk, Decoder, Step, StepOutput, StepRecord
 from perf.trtllm_fake.schedulers import MicroBatchScheduler, ScheduledBatch, fitting_requests
 
 _IDLE_TURN_S = 1e-4  # a turn in which nothing could be scheduled
@@ -141,7 +141,7 @@ class ExecutionLoop:
     ) -> None:
         self.limits = limits
         self.tree = tree
-        self.history: deque[Step] = deque(maxlen=_HISTORY_LENGTH)
+        self.history: deque[StepRecord] = deque(maxlen=_HISTORY_LENGTH)
         self.iter = 0
         self._decoder = decoder
         self._clock = clock
@@ -386,7 +386,7 @@ class ExecutionLoop:
             if request.first_scheduled_s is None:
                 request.first_scheduled_s = now_s
         self._step = Step(self.iter, tuple(chunks), tuple(batch.generation), now_s)
-        self.history.append(self._step)
+        self.history.append(self._step.record())
         self._advance(batch)
 
     def _allocate(self, batch: ScheduledBatch) -> None:
