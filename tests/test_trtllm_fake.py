@@ -538,6 +538,56 @@ def test_retention_is_taken_from_the_range_of_a_blocks_first_token() -> None:
     assert per_block == [(None, None), (50, None), (50, None), (60, 1.0), (60, 1.0)]
 
 
+class Written:
+    """What the blocks of a tree really hold, if every launched token is computed."""
+
+    def __init__(self, tree: BlockTree) -> None:
+        self.tree = tree
+        self.content: dict[int, list[int]] = {}
+
+    def write(self, sequence: Any, start: int) -> None:
+        for position in range(start, len(sequence.text.tokens)):
+            block = sequence.blocks[position // BLOCK]
+            cells = self.content.setdefault(block.block_id, [-1] * BLOCK)
+            cells[position % BLOCK] = sequence.text.tokens[position]
+
+    def add(self, tokens: list[int]) -> Any:
+        sequence = self.tree.add_sequence(TokenBlocks(tokens, (None, None), BLOCK), Retention())
+        assert sequence.num_reused_tokens < len(tokens)
+        for position in range(sequence.num_reused_tokens):
+            block = sequence.blocks[position // BLOCK]
+            assert self.content[block.block_id][position % BLOCK] == tokens[position]
+        self.tree.store_context(sequence)
+        self.write(sequence, sequence.num_reused_tokens)
+        return sequence
+
+    def generate(self, sequence: Any, token: int) -> None:
+        sequence.text.tokens.append(token)
+        self.tree.add_token(sequence)
+        self.tree.store_new_block(sequence)
+        self.write(sequence, len(sequence.text.tokens) - 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_reused_blocks_hold_what_is_expected_of_them(data: st.DataObject) -> None:
+    num_blocks = data.draw(st.integers(8, 24))
+    tree = BlockTree(num_blocks, BLOCK, lambda: 0.0, copy_on_partial_reuse=False)
+    written, running = Written(tree), []
+    words = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+    for _ in range(data.draw(st.integers(1, 40))):
+        action = data.draw(st.sampled_from(["add", "generate", "generate", "release"]))
+        if action == "add" and tree.num_free_blocks >= 4:
+            running.append(written.add(data.draw(words)))
+        elif action == "generate" and running and tree.num_free_blocks:
+            written.generate(data.draw(st.sampled_from(running)), data.draw(st.integers(0, 1)))
+        elif running:
+            sequence = running.pop(data.draw(st.integers(0, len(running) - 1)))
+            sequence.text.tokens.append(9)  # the last token has no KV
+            tree.release(sequence)
+        tree.check_integrity()
+
+
 # ---- responses
 
 
