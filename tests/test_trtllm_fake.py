@@ -180,13 +180,18 @@ def test_grants_and_revokes_act_two_steps_later_and_a_revoke_loses_a_token(engin
     ex.runtime.check_integrity()
 
 
-def test_a_request_that_is_cancelled_in_the_queue_still_runs_one_step(tmp_path: Path) -> None:
-    ex = executor(make_engine(tmp_path, max_batch_size=1))
+@pytest.mark.parametrize("shortage", [{"max_batch_size": 1}, {"num_kv_blocks": 10}])
+def test_a_request_that_is_cancelled_before_it_ran_still_runs_one_step(
+    shortage: dict[str, int], tmp_path: Path
+) -> None:
+    ex = executor(make_engine(tmp_path, **shortage))
     client = Client(ex)
-    first, second = client.send(request(prompt_of(5), 3), request(prompt_of(5, 1), 100))
+    first, second = client.send(request(prompt_of(5), 3), request(prompt_of(5, 1), 35))
+    client.step()
     ex.cancel_request(second)
     client.finish(first, second)
     assert len(steps_of(ex, second)) == 1
+    assert steps_of(ex, second)[0] == steps_of(ex, first)[-1] + 1
     assert client.reason(second) == "CANCELLED" and client.tokens[second] == []
 
 
@@ -299,15 +304,28 @@ def test_chunks_take_what_generation_leaves_in_whole_blocks(tmp_path: Path) -> N
     assert len(client.tokens[long]) == 2
 
 
-def test_blocks_are_reserved_to_the_end_of_a_request(tmp_path: Path) -> None:
-    ex = executor(make_engine(tmp_path, num_kv_blocks=10))
+def test_a_chunk_behind_reused_tokens_ends_at_a_block(tmp_path: Path) -> None:
+    ex = executor(make_engine(tmp_path, max_num_tokens=18))
     client = Client(ex)
-    # 5 + 15 tokens take 5 blocks; two of these fill the pool from the start.
-    ids = client.send(*(request(prompt_of(5, i), 15) for i in range(3)))
+    client.run(request(prompt_of(7), 1))
+    (long,) = client.send(request(prompt_of(41), 2))
+    client.finish(long)
+    chunks = [n for step in ex.runtime.history for i, n in step.context if i == long]
+    assert chunks == [13, 16, 5], "16 tokens behind 7 would end at 23"
+
+
+def test_blocks_are_reserved_to_the_end_of_a_request(tmp_path: Path) -> None:
+    ex = executor(make_engine(tmp_path, num_kv_blocks=11))
+    client = Client(ex)
+    # 5 + 15 tokens take 5 blocks; two of these leave one block free from the start.
+    ids = client.send(
+        *(request(prompt_of(5, i), 15) for i in range(3)), request(prompt_of(2, 3), 2)
+    )
     client.finish(*ids)
     ends = [steps_of(ex, i)[-1] for i in ids]
     assert steps_of(ex, ids[1])[0] == 0
     assert steps_of(ex, ids[2])[0] == ends[0] + 1
+    assert steps_of(ex, ids[3])[0] == ends[0] + 1, "fits before, but waits behind one that does not"
     ex.runtime.check_integrity()
 
 
@@ -327,6 +345,16 @@ def test_siblings_wait_one_step_for_the_prefix_that_the_first_computes(engine: P
     client.finish(*ids)
     assert [steps_of(ex, i)[0] for i in ids] == [0, 1, 1]
     assert [recomputed(ex, i) for i in ids] == [17, 1, 1]
+
+
+def test_the_same_text_behind_different_prefixes_waits_for_nobody(engine: Path) -> None:
+    ex = executor(engine)
+    client = Client(ex)
+    client.run(request(prompt_of(9, 1), 1), request(prompt_of(9, 2), 1))
+    tail = prompt_of(8, 3)
+    ids = client.send(*(request([*prompt_of(8, i), *tail], 1) for i in (1, 2)))
+    client.finish(*ids)
+    assert steps_of(ex, ids[0]) == steps_of(ex, ids[1])
 
 
 def test_higher_priorities_are_fetched_past_a_full_house_and_wait_for_a_place(
@@ -532,6 +560,37 @@ def test_retention_ends_with_its_duration() -> None:
     tree.check_integrity()
 
 
+def test_blocks_that_are_worth_less_go_before_older_ones() -> None:
+    tree = tree_of(6)
+    store(tree, prompt_of(9, 1))
+    store(tree, prompt_of(9, 2), Retention((TokenRange(0, None, 10),)))
+    store(tree, prompt_of(9, 3))
+    assert (found(tree, prompt_of(8, 1)), found(tree, prompt_of(8, 2))) == (2, 0)
+
+
+def test_what_is_no_longer_worth_more_goes_in_its_turn() -> None:
+    clock = [0.0]
+    tree = tree_of(6, clock)
+    store(tree, prompt_of(9, 1), Retention((TokenRange(0, None, 90, duration_s=10.0),)))
+    clock[0] = 11.0
+    tree.refresh()
+    store(tree, prompt_of(9, 2))
+    store(tree, prompt_of(9, 3))
+    assert (found(tree, prompt_of(8, 1)), found(tree, prompt_of(8, 2))) == (0, 2)
+
+
+def test_nothing_is_found_through_an_evicted_block() -> None:
+    tree = tree_of(6)
+    first = prompt_of(13, 1)
+    store(tree, first, Retention((TokenRange(0, 4, 10), TokenRange(4, None, 80))))
+    assert found(tree, first) == 3
+    other = prompt_of(5, 2)
+    store(tree, other)  # takes the first block of the other prompt
+    assert found(tree, first) == 0
+    assert found(tree, [*other[:4], *first[4:]]) == 1
+    tree.check_integrity()
+
+
 def test_retention_is_taken_from_the_range_of_a_blocks_first_token() -> None:
     ranges = (TokenRange(2, 9, 50), TokenRange(12, None, 60, 1.0))
     per_block = Retention(ranges).per_block(5, BLOCK)
@@ -664,6 +723,9 @@ def test_a_terminated_request_and_an_executor_that_was_shut_down(engine: Path) -
         expected = f"ReqId {done} has already been processed and was terminated."
         assert again.has_error() and again.error_msg == expected
         ex.cancel_request(done)  # ignored
+        other = ex.enqueue_request(trt.Request([1, 2], 2))
+        assert [r.request_id for r in ex.await_responses(SOON)] == [other]
+        assert ex.await_responses(other)[0].has_error()
         with pytest.raises(TypeError):
             ex.await_responses(0.5)
         assert ex.can_enqueue_requests()
