@@ -18,6 +18,7 @@ from perf.trtllm_fake import engine_dir
 from perf.trtllm_fake.block_tree import BlockTree, Retention, TokenBlocks, TokenRange
 from perf.trtllm_fake.engine_dir import BuildConfig, FakeEngine, PluginConfig
 from taper_trtllm.config import RandomModelConfig
+from taper_trtllm.engines.checkpoint import random_checkpoint
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 
 BLOCK = 4
@@ -907,9 +908,34 @@ def test_the_command_line_writes_an_engine_that_runs(
     ex = executor(tmp_path / "made")
     Client(ex).run(request(prompt_of(5), 3))
     assert ex.runtime.now_s() == pytest.approx(0.045, abs=1e-3)
-    assert engine_dir.main([*target, "--profile", str(tmp_path / "none.json")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("engine_dir: ") and error.count("\n") == 1
+    for bad, reason in (
+        (["--profile", str(tmp_path / "none.json")], "cannot read the latency profile"),
+        (["--max-batch-size", "0"], "max_batch_size: "),
+        (["--hidden-size", "0"], "hidden_size: "),
+        (["--checkpoint", str(tmp_path / "none")], "cannot read"),
+        (["--output-dir", str(tmp_path / "profile.json")], "File exists"),
+    ):
+        assert engine_dir.main([*target, *bad]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("engine_dir: ") and error.count("\n") == 1 and reason in error
+
+
+def test_a_checkpoint_is_served_as_the_embedded_engine_serves_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = random_checkpoint(TINY).config.to_hf()
+    config = transformers.Qwen3Config(**shape, initializer_range=0.15)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    target = ["--output-dir", str(tmp_path / "made"), "--checkpoint", str(tmp_path / "model")]
+    assert engine_dir.main([*target, "--max-seq-len", "128", "--max-batch-size", "4"]) == 0
+    with executor(tmp_path / "made") as ex:
+        done = ex.enqueue_request(trt.Request([1, 2, 3], 8))
+        ((response,),) = ex.await_responses([done], SOON)
+        ids = torch.tensor([[1, 2, 3]])
+        model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "model").eval()
+        expected = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert response.result.output_token_ids[0] == expected[0].tolist()
 
 
 def test_the_module_has_every_recorded_name() -> None:
