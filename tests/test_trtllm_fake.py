@@ -420,6 +420,22 @@ def test_of_the_children_of_an_ended_parent_one_gets_its_tail(
     ex.runtime.check_integrity()
 
 
+@pytest.mark.parametrize(("partial_reuse", "expected"), [(True, 2), (False, 1)])
+def test_a_new_sibling_takes_the_tail_of_a_paused_one(
+    partial_reuse: bool, expected: int, engine: Path
+) -> None:
+    """A leaf that nobody holds is claimed for the prefix in it; what its owner wrote is lost."""
+    ex = executor(engine, kv_cache=trt.KvCacheConfig(enable_partial_reuse=partial_reuse))
+    client = Client(ex)
+    prefix = prompt_of(18)  # ends amid a block
+    (tokens,) = client.run(request([*prefix, 600], 1))
+    paused = [*prefix, 600, *tokens]
+    client.run(request([*prefix, 700], 1))
+    (resumed,) = client.send(request(paused, 2))
+    client.finish(resumed)
+    assert recomputed(ex, resumed) == expected
+
+
 def test_a_running_parent_shares_its_full_blocks(engine: Path) -> None:
     ex = executor(engine)
     client = Client(ex)

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from perf.trtllm_fake.active_request import ActiveRequest, Finish, State, Submission
 from perf.trtllm_fake.block_tree import BlockTree, TokenBlocks
@@ -435,7 +436,10 @@ class ExecutionLoop:
         )
 
 
-def _insert_by_priority(requests: list, request: QueuedRequest | ActiveRequest) -> None:
+_Request = TypeVar("_Request", QueuedRequest, ActiveRequest)
+
+
+def _insert_by_priority(requests: list[_Request], request: _Request) -> None:
     """Highest first, in order of arrival among equals."""
     index = len(requests)
     while index and requests[index - 1].priority < request.priority:
