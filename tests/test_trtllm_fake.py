@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_build.contract import load_contract
+from engine_build.verify import verify
 from perf.trtllm_fake import bindings as trt
 from perf.trtllm_fake import engine_dir
 from perf.trtllm_fake.block_tree import BlockTree, Retention, TokenBlocks, TokenRange
@@ -952,6 +953,26 @@ def test_a_checkpoint_is_served_as_the_embedded_engine_serves_it(tmp_path: Path)
         model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "model").eval()
         expected = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
         assert response.result.output_token_ids[0] == expected[0].tolist()
+
+
+def test_the_fake_passes_the_check_of_the_real_bindings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "tensorrt_llm"
+    package.mkdir()
+    (package / "version.py").write_text('__version__ = "1.2.1"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    contract = load_contract().model_copy(update={"module": trt.__name__})
+    make_engine(
+        tmp_path,
+        decoder=engine_dir.TorchDecoderConfig(random_model=TINY),
+        drive="threaded",
+        max_seq_len=1024,
+    )
+    checks = {check.name: check for check in verify(contract, tmp_path).checks}
+    compared = ["bindings", *(name for name in checks if name.startswith("engine: "))]
+    assert len(compared) == 6
+    assert {checks[name].outcome for name in compared} == {"passed"}, checks
 
 
 def test_the_module_has_every_recorded_name() -> None:
