@@ -514,6 +514,7 @@ def test_metrics_of_a_request_count_its_prompt_blocks(engine: Path) -> None:
     assert (kv_cache.num_reused_blocks, kv_cache.kv_cache_hit_rate) == (5, 1)
     assert kv_cache.num_total_allocated_blocks == 0, "the tail was claimed, the rest shared"
     assert (again.first_iter, again.last_iter, again.iter) == (3, 5, 5)
+    assert client.ex.runtime.tree.num_cached_blocks == 5  # 20 tokens with KV
     times = again.timing_metrics
     assert times.arrival_time == times.first_scheduled_time < times.first_token_time
     assert (times.last_token_time - times.first_token_time).total_seconds() == pytest.approx(0.02)

@@ -299,7 +299,7 @@ class ExecutionLoop:
         self._decoder.release(request)
 
     def _terminate_all(self, error: str) -> None:
-        """Ends every active request with an error."""
+        """Ends every active request with an error (`terminateActiveRequests`)."""
         failed, self._active = self._active, []
         for request in failed:
             self._free(request)
@@ -370,14 +370,9 @@ class ExecutionLoop:
     # ---- launching
 
     def _launch(self) -> None:
-        self._step = None
-        try:
-            fitting = fitting_requests(self._active, self.tree, self.limits.max_batch_size)
-            batch = self._scheduler.schedule(fitting)
-            self._allocate(batch)
-        except Exception as error:  # whatever it is, the step is lost
-            self._terminate_all(f"Encountered an error in forwardAsync function: {error}")
-            return
+        fitting = fitting_requests(self._active, self.tree, self.limits.max_batch_size)
+        batch = self._scheduler.schedule(fitting)
+        self._allocate(batch)
         now_s = self._clock.now_s()
         chunks = []
         for request in batch.context:
