@@ -164,10 +164,10 @@ def _row(
 
 
 def _per_thousand(group: Sequence[Mapping[str, Any]], name: str) -> str:
-    """A loss for each thousand output tokens."""
+    """A loss for each thousand tokens that were kept."""
     if group[0]["losses"] is None:
         return ""
-    tokens = sum(r["figures"]["num_output_tokens"] for r in group)
+    tokens = sum(r["losses"]["num_tokens"] for r in group)
     return f"{1e3 * sum(r['losses'][name] for r in group) / max(1, tokens):.1f}"
 
 
@@ -256,8 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         task = progress.add_task("", total=len(runs))
         futures = {
-            pool.submit(measure, run, arguments.warmup_s, arguments.duration_s): run
-            for run in runs
+            pool.submit(measure, run, arguments.warmup_s, arguments.duration_s): run for run in runs
         }
         for future in as_completed(futures):
             run = futures[future]

@@ -79,6 +79,7 @@ class Losses:
     """What leases cost, summed over the engine's life.
 
     Attributes:
+        num_tokens: Tokens that branches got.
         num_places: Places that were asked for.
         num_reentries: Of them, those of branches that had one before.
         num_revoked: Places that were taken back.
@@ -88,6 +89,7 @@ class Losses:
         num_recomputed_tokens: Prompt tokens whose KV was gone though the ledger has it.
     """
 
+    num_tokens: int = 0
     num_places: int = 0
     num_reentries: int = 0
     num_revoked: int = 0
@@ -131,6 +133,7 @@ class TrtllmEngine(PagedSequences):
         self._place_of: dict[SequenceId, int] = {}
         self._num_given: dict[SequenceId, int] = {}  # places by sequence
         self._num_shared: dict[SequenceId, int] = {}
+        self._unwanted: set[int] = set()  # requests to cancel after their first token
         self._auditor = Auditor()
         self._step = 0
         self.losses = Losses()
@@ -232,10 +235,16 @@ class TrtllmEngine(PagedSequences):
     def _drop_place(self, sequence_id: SequenceId) -> None:
         """Whatever a place still draws is not wanted any more."""
         request_id = self._place_of.get(sequence_id)
-        if request_id is not None:
-            if not self._places[request_id].is_revoked:
-                self._session.cancel(request_id)
-            self._close(request_id)
+        if request_id is None:
+            return
+        place = self._places[request_id]
+        if place.num_tokens == 0:
+            # A cancel in the middle of a prompt would publish blocks that were never computed
+            # (kvCacheManager.cpp @b35ac1b6, by reading): it waits for the first token.
+            self._unwanted.add(request_id)
+        elif not place.is_revoked:
+            self._session.cancel(request_id)
+        self._close(request_id)
 
     def _close(self, request_id: int) -> None:
         place = self._places.pop(request_id)
@@ -397,8 +406,12 @@ class TrtllmEngine(PagedSequences):
         """Merges one response into the transcript of its branch."""
         request_id = int(response.request_id)
         place = self._places.get(request_id)
-        if place is None:
-            return  # of a branch that is gone, or of a place that was given up
+        if place is None:  # of a branch that is gone, or of a place that was given up
+            if request_id in self._unwanted:
+                self._unwanted.remove(request_id)
+                if not response.has_error() and not response.result.is_final:
+                    self._session.cancel(request_id)
+            return
         if response.has_error():
             outcome.failed[place.sequence_id] = str(response.error_msg)
             self._close(request_id)
@@ -426,6 +439,7 @@ class TrtllmEngine(PagedSequences):
         place.num_tokens += len(token_ids)
         if place.keeps_tokens:
             sequence.tokens.extend(token_ids)
+            self.losses.num_tokens += len(token_ids)
             outcome.tokens[sequence_id] = (*outcome.tokens.get(sequence_id, ()), *token_ids)
             self._write(sequence, len(sequence.tokens) - 1)
         else:
