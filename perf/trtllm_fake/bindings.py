@@ -15,7 +15,7 @@ from typing import Any
 
 from engine_build.contract import load_contract
 from perf.trtllm_fake import strict
-from perf.trtllm_fake.engine_dir import BuildConfig, create_decoder, read_engine_dir
+from perf.trtllm_fake.engine_dir import BuildConfig, FakeEngine, create_decoder, read_engine_dir
 from perf.trtllm_fake.loop import LoopLimits
 from perf.trtllm_fake.runtime import Runtime, RuntimeConfig
 from perf.trtllm_fake.submission import read_request
@@ -39,22 +39,32 @@ class Request(_module.Request):
 class Response(_module.Response):
     """Has an error or a result."""
 
+    __slots__ = ()
+
     def _has_error(self) -> bool:
         return "error_msg" in self._values
+
+
+def _deferred(recorded: property) -> property:
+    """A property of metrics that are made when they are read."""
+
+    def fget(self: Any) -> Any:
+        make = self._values.get("make_metrics")
+        return recorded.fget(self) if make is None else make()
+
+    fget.__nb_signature__ = recorded.fget.__nb_signature__  # type: ignore[attr-defined]
+    return property(fget, recorded.fset)
 
 
 class Result(_module.Result):
     """Its metrics are made when they are read: few are."""
 
-    def defer_metrics(self, make: Callable[[], Any]) -> None:
+    __slots__ = ()
+    request_perf_metrics = _deferred(_module.Result.request_perf_metrics)
+
+    def _defer_metrics(self, make: Callable[[], Any]) -> None:
         """Of the fake: what makes the metrics."""
         self._values["make_metrics"] = make
-
-    @property
-    def request_perf_metrics(self) -> Any:
-        """`RequestPerfMetrics`, if they were asked for."""
-        make = self._values.get("make_metrics")
-        return None if make is None else make()
 
 
 class Executor(_module.Executor):
@@ -63,6 +73,7 @@ class Executor(_module.Executor):
     Left out: encoders, engines in memory, debug tensors, KV cache events.
     """
 
+    __slots__ = ("runtime",)
     runtime: Runtime
 
     def _init(self, **arguments: Any) -> None:
@@ -74,7 +85,7 @@ class Executor(_module.Executor):
         path, config = Path(arguments["model_path"]), arguments["executor_config"]
         description, engine = read_engine_dir(path)
         self.runtime = Runtime(
-            _runtime_config(config, description.build_config, engine.drive, engine.num_kv_blocks),
+            _runtime_config(config, description.build_config, engine),
             create_decoder(path, description, engine),
             _names,
         )
@@ -128,9 +139,7 @@ def _priority(request: Any) -> float:
     return _DEFAULT_PRIORITY if priority is None else priority
 
 
-def _runtime_config(
-    config: Any, build: BuildConfig, drive: str, num_kv_blocks: int
-) -> RuntimeConfig:
+def _runtime_config(config: Any, build: BuildConfig, engine: FakeEngine) -> RuntimeConfig:
     """Engine and executor configuration together, as `TrtGptModelInflightBatching` has it.
 
     Raises:
@@ -144,7 +153,7 @@ def _runtime_config(
             "TrtGptModelInflightBatching requires GPT attention/Mamba Conv 1d plugin with packed "
             "input and paged KV cache."
         )
-    tokens_per_block = plugins.tokens_per_block
+    num_kv_blocks, tokens_per_block = engine.num_kv_blocks, plugins.tokens_per_block
     if kv_cache.max_tokens is not None:
         num_kv_blocks = min(num_kv_blocks, -(-kv_cache.max_tokens // tokens_per_block))
     return RuntimeConfig(
@@ -159,7 +168,7 @@ def _runtime_config(
         ),
         num_kv_blocks=num_kv_blocks,
         tokens_per_block=tokens_per_block,
-        drive=drive,
+        drive=engine.drive,
         enable_block_reuse=_if_paged(kv_cache.enable_block_reuse, plugins, "KV cache reuse"),
         enable_partial_reuse=kv_cache.enable_partial_reuse,
         copy_on_partial_reuse=kv_cache.copy_on_partial_reuse,

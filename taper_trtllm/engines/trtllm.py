@@ -58,6 +58,7 @@ class Place:
         num_known_tokens: Tokens of the prompt that had KV by the ledger.
         num_tokens: Tokens it has drawn.
         is_prefill: Its first token ends a prefill chunk.
+        num_left_out: Plans in a row that did not have it.
         is_revoked: It was cancelled; its last word is not there yet.
     """
 
@@ -69,6 +70,7 @@ class Place:
     num_known_tokens: int
     is_prefill: bool
     num_tokens: int = 0
+    num_left_out: int = 0
     is_revoked: bool = False
 
 
@@ -262,12 +264,14 @@ class TrtllmEngine(PagedSequences):
         """Takes back the places of sequences that the plan leaves out."""
         planned = {*plan.decode, *(chunk.sequence_id for chunk in plan.prefill)}
         for request_id, place in self._places.items():
+            if place.sequence_id in planned:
+                place.num_left_out = 0
+                continue
+            place.num_left_out += 1
             if (
-                place.sequence_id not in planned
-                and place.num_tokens > 0
-                and place.num_tokens < place.max_tokens
+                place.num_left_out >= self._config.min_lease_steps
+                and 0 < place.num_tokens < place.max_tokens
                 and not place.is_revoked
-                and self._step - place.asked_in > self._config.min_lease_steps
             ):
                 self._session.cancel(request_id)
                 place.is_revoked = True
