@@ -452,10 +452,14 @@ class TrtllmEngine(PagedSequences):
         sequence.max_computed = max(sequence.max_computed, num_tokens)
 
     def _with_end(self, place: Place, token_ids: list[int], result: Any) -> list[int]:
-        """The token that ended the stage is part of the text, whether it was sent or not."""
+        """The token that ended the stage is part of the text, whether it was sent or not.
+
+        A place that only computes a prefix may draw one too: without it, nothing would tell that
+        the prefix is there.
+        """
         sampling = self._sequences[place.sequence_id].params.sampling
         reason = result.finish_reasons[0]
-        if place.keeps_tokens and reason.name == "END_ID" and sampling.stop_ids:
+        if reason.name == "END_ID" and sampling.stop_ids:
             end_id = min(sampling.stop_ids)
             if not token_ids or token_ids[-1] != end_id:
                 return [*token_ids, end_id]
