@@ -8,6 +8,7 @@ import sys
 from engine_build import build, calibrate, verify
 from engine_build.contract import ContractError
 from taper_trtllm.config import ConfigError
+from taper_trtllm.engines.base import WorkerRank
 from taper_trtllm.profile import ProfileError
 
 
@@ -21,6 +22,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
+    except WorkerRank as rank:  # under mpirun, all ranks but the leader
+        rank.work()
+        return 0
     except (ConfigError, ContractError, ProfileError) as error:
         print(f"engine_build {arguments.command}: {error}", file=sys.stderr)
         return 2

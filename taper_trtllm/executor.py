@@ -143,6 +143,7 @@ class TaperExecutor:
         Raises:
             ConfigError: A field is missing or does not fit.
             ProfileError: The profile is missing, malformed, or of something else.
+            WorkerRank: Another process leads the engine.
         """
         if config.profile is None:
             raise ConfigError(

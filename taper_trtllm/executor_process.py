@@ -8,6 +8,7 @@ has an interpreter to itself, and a turn of it sends everything it has to say as
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -17,10 +18,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from types import FrameType
 
 from taper_trtllm.batch import StepRecord
 from taper_trtllm.config import ConfigError, ServingConfig
-from taper_trtllm.engines.base import EngineCapabilities
+from taper_trtllm.engines.base import EngineCapabilities, WorkerRank
 from taper_trtllm.executor import ExecutorThread, TaperExecutor
 from taper_trtllm.live_request import OutputCallback
 from taper_trtllm.output import RequestOutput
@@ -35,9 +37,12 @@ _EXIT_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class _Ready:
+    """The executor runs, or this rank of the engine works for the one that leads."""
+
     capabilities: EngineCapabilities
     policy_name: str
     num_free_blocks: int
+    closed_because: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +81,8 @@ class ExecutorProcess:
     All methods may be called from any thread. Callbacks and observers run on one reader thread.
 
     Args:
-        config: What to serve; the other process builds it.
+        config: What to serve; the other process builds it. On ranks that work for the leader of a
+            compiled engine it takes no requests.
 
     Raises:
         ConfigError: The executor could not be built; the message says why.
@@ -101,6 +107,8 @@ class ExecutorProcess:
         self.policy_name = ready.policy_name
         self.num_free_blocks = ready.num_free_blocks
         self._gate = RequestGate(config.limits, ready.capabilities)
+        if ready.closed_because is not None:
+            self._gate.close(ready.closed_because)
         self._callbacks: dict[str, OutputCallback] = {}
         self._observers: list[Callable[[StepRecord], None]] = []
         self._reader = threading.Thread(target=self._read, name="executor-reader", daemon=True)
@@ -258,14 +266,38 @@ class _Worker:
                 logger.debug("the server is gone")
 
 
+def _work(connection: Connection, rank: WorkerRank, policy_name: str) -> None:
+    """Computes for the leader until it ends; without the server, not even that long."""
+    closed_because = "this rank works for the leader of its engine: send requests to rank 0"
+    connection.send(_Ready(rank.capabilities, policy_name, 0, closed_because))
+    threading.Thread(target=_end_with_server, args=(connection,), daemon=True).start()
+    rank.work()
+
+
+def _end_with_server(connection: Connection) -> None:
+    try:
+        while True:
+            connection.recv()  # told to stop: the leader is, too, and ends the work
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _leave_to_server(signum: int, frame: FrameType | None) -> None:
+    """Interrupts and mpirun's signals reach whole process groups; the server ends this process."""
+
+
 def main() -> None:
     """Entry point of the process; its argument is the number of an inherited socket."""
     logging.basicConfig()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server ends it
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, _leave_to_server)
     connection = Connection(int(sys.argv[1]))
     config: ServingConfig = connection.recv()
     try:
         executor = TaperExecutor.from_config(config)
+    except WorkerRank as rank:
+        _work(connection, rank, config.scheduler.policy)
+        return
     except Exception as error:
         connection.send(_Failed(str(error) or type(error).__name__))
         raise SystemExit(1) from error

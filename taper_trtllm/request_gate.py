@@ -36,7 +36,9 @@ class RequestGate:
 
         Raises:
             RequestError: It is out of limits.
+            ExecutorClosedError: The gate is closed.
         """
+        self._check_open()
         check_request(request, self._limits, self._capabilities.vocab_size)
         footprint = serial_footprint_blocks(
             len(request.input_ids), request.program, self._capabilities.tokens_per_block
@@ -52,8 +54,7 @@ class RequestGate:
             QueueFullError: Too many requests wait.
             ExecutorClosedError: The gate is closed.
         """
-        if self._closed_because is not None:
-            raise ExecutorClosedError(self._closed_because)
+        self._check_open()
         if request_id in self._is_started:
             raise RequestError("request_id", f"{request_id!r} is already in use")
         limit = self._limits.max_queue_length
@@ -72,6 +73,10 @@ class RequestGate:
         """Closes a request."""
         if not self._is_started.pop(request_id):
             self._num_waiting -= 1
+
+    def _check_open(self) -> None:
+        if self._closed_because is not None:
+            raise ExecutorClosedError(self._closed_because)
 
     def close(self, because: str) -> None:
         """Nothing enters from now on; the first reason given is told to whoever tries."""

@@ -15,8 +15,14 @@ from typing import Any
 
 from engine_build.contract import load_contract
 from perf.trtllm_fake import strict
-from perf.trtllm_fake.engine_dir import BuildConfig, FakeEngine, create_decoder, read_engine_dir
+from perf.trtllm_fake.engine_dir import (
+    BuildConfig,
+    FakeEngine,
+    create_decoder,
+    read_engine_dir,
+)
 from perf.trtllm_fake.loop import LoopLimits
+from perf.trtllm_fake.ranks import Leader, Worker, own_rank
 from perf.trtllm_fake.runtime import Runtime, RuntimeConfig
 from perf.trtllm_fake.submission import read_request
 
@@ -73,8 +79,8 @@ class Executor(_module.Executor):
     Left out: encoders, engines in memory, debug tensors, KV cache events.
     """
 
-    __slots__ = ("runtime",)
-    runtime: Runtime
+    __slots__ = ("_leader", "runtime")
+    runtime: Runtime | Worker
 
     def _init(self, **arguments: Any) -> None:
         if (
@@ -84,20 +90,25 @@ class Executor(_module.Executor):
             raise NotImplementedError("the fake executor runs decoder-only engine directories")
         path, config = Path(arguments["model_path"]), arguments["executor_config"]
         description, engine = read_engine_dir(path)
-        self.runtime = Runtime(
-            _runtime_config(config, description.build_config, engine),
-            create_decoder(path, description, engine),
-            _names,
-        )
+        runtime_config = _runtime_config(config, description.build_config, engine)
+        rank = own_rank(description.num_ranks)
+        if rank:
+            self.runtime = Worker(path, rank)
+            return
+        decoder = create_decoder(path, description, engine)
+        self._leader = Leader(path, description.num_ranks)
+        self.runtime = Runtime(runtime_config, decoder, _names)
 
     def _enter(self) -> Executor:
         return self
 
     def _exit(self, type: Any, value: Any, traceback: Any) -> None:
-        self.runtime.shutdown()
+        self._shutdown()
 
     def _shutdown(self) -> None:
         self.runtime.shutdown()
+        if isinstance(self.runtime, Runtime):
+            self._leader.end()
 
     def _enqueue_request(self, request: Any) -> int:
         return self._enqueue_requests([request])[0]
@@ -153,7 +164,7 @@ def _runtime_config(config: Any, build: BuildConfig, engine: FakeEngine) -> Runt
             "TrtGptModelInflightBatching requires GPT attention/Mamba Conv 1d plugin with packed "
             "input and paged KV cache."
         )
-    num_kv_blocks, tokens_per_block = engine.num_kv_blocks, plugins.tokens_per_block
+    tokens_per_block, num_kv_blocks = plugins.tokens_per_block, engine.num_kv_blocks
     if kv_cache.max_tokens is not None:
         num_kv_blocks = min(num_kv_blocks, -(-kv_cache.max_tokens // tokens_per_block))
     return RuntimeConfig(
@@ -189,6 +200,9 @@ def _check_made(config: Any) -> None:
             raise NotImplementedError(f"the fake executor does not do KvCacheConfig.{name}")
     if kv_cache.cross_kv_cache_fraction is not None:
         raise RuntimeError("Do not set crossKvCacheFraction for decoder-only model")
+    parallel = config.parallel_config
+    if parallel and parallel.communication_mode != _module.CommunicationMode.LEADER:
+        raise NotImplementedError("the fake executor's ranks are started by mpirun (LEADER)")
     for name in ("spec_dec_config", "guided_decoding_config", "decoding_config"):
         if getattr(config, name) is not None:
             raise NotImplementedError(f"the fake executor does not do ExecutorConfig.{name}")

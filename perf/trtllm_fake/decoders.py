@@ -203,3 +203,27 @@ class TorchDecoder:
     def release(self, request: ActiveRequest) -> None:
         """See `Decoder`."""
         self._model.release(request.request_id)
+
+
+class FailingDecoder:
+    """Fails once.
+
+    Args:
+        decoder: Computes all other steps.
+        iteration: The step that fails, or the first one after it.
+    """
+
+    def __init__(self, decoder: Decoder, iteration: int) -> None:
+        self._decoder = decoder
+        self._iteration: int | None = iteration
+
+    def step(self, step: Step) -> StepOutput:
+        """See `Decoder`."""
+        if self._iteration is not None and step.iter >= self._iteration:
+            self._iteration = None
+            raise RuntimeError("an illegal memory access was encountered")
+        return self._decoder.step(step)
+
+    def release(self, request: ActiveRequest) -> None:
+        """See `Decoder`."""
+        self._decoder.release(request)

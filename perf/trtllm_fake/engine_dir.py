@@ -2,7 +2,7 @@
 
 `config.json` has TensorRT-LLM's layout. `rank0.engine` is a small JSON file that names what
 computes: `{"drive": "virtual" | "threaded", "num_kv_blocks": N, "decoder": {"kind": "torch", ...} |
-{"kind": "profile", ...}}`.
+{"kind": "profile", ...}}`. Engines of several ranks have one such file each (`ranks.py`).
 
     python -m perf.trtllm_fake.engine_dir --output-dir ENGINE --hidden-size 64 --vocab-size 512
     python -m perf.trtllm_fake.engine_dir --output-dir ENGINE --profile PROFILE --drive virtual
@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from perf.trtllm_fake.decoders import Decoder, ProfileDecoder, TorchDecoder
+from perf.trtllm_fake.decoders import Decoder, FailingDecoder, ProfileDecoder, TorchDecoder
 from taper_trtllm.config import ConfigError, RandomModelConfig, TorchEngineConfig
 from taper_trtllm.engines.simulated import Disturbance
 from taper_trtllm.profile import ProfileError, load_profile
@@ -66,6 +66,11 @@ class EngineDescription(_Lenient):
     pretrained_config: dict[str, Any]
     build_config: BuildConfig
 
+    @property
+    def num_ranks(self) -> int:
+        """Processes that it runs in."""
+        return int(self.pretrained_config.get("mapping", {}).get("world_size", 1))
+
 
 class TorchDecoderConfig(_Model):
     """A Qwen3 on the CPU.
@@ -109,6 +114,7 @@ class FakeEngine(_Model):
         num_kv_blocks: KV blocks if `KvCacheConfig.max_tokens` does not say; what is left of the
             memory of the device in the original.
         decoder: What computes.
+        fail_at_iteration: This step fails, and with it all that is active; those after it do not.
     """
 
     drive: Literal["threaded", "virtual"] = "threaded"
@@ -116,6 +122,7 @@ class FakeEngine(_Model):
     decoder: Annotated[TorchDecoderConfig | ProfileDecoderConfig, Field(discriminator="kind")] = (
         TorchDecoderConfig()
     )
+    fail_at_iteration: Annotated[int, Field(ge=0)] | None = None
 
 
 def read_engine_dir(path: Path) -> tuple[EngineDescription, FakeEngine]:
@@ -139,7 +146,15 @@ def create_decoder(path: Path, description: EngineDescription, engine: FakeEngin
     Raises:
         EngineDirError: The model or the profile cannot be used.
     """
-    build, config = description.build_config, engine.decoder
+    decoder = _create_decoder(path, description.build_config, engine.decoder)
+    if engine.fail_at_iteration is None:
+        return decoder
+    return FailingDecoder(decoder, engine.fail_at_iteration)
+
+
+def _create_decoder(
+    path: Path, build: BuildConfig, config: TorchDecoderConfig | ProfileDecoderConfig
+) -> Decoder:
     try:
         if isinstance(config, ProfileDecoderConfig):
             profile = load_profile(path / config.path)
@@ -157,17 +172,21 @@ def create_decoder(path: Path, description: EngineDescription, engine: FakeEngin
 def write_engine_dir(
     path: Path, build: BuildConfig, engine: FakeEngine, pretrained: dict[str, Any]
 ) -> None:
-    """Writes both files."""
+    """Writes `config.json` and the file of each rank."""
     description = EngineDescription(
         version=VERSION, pretrained_config=pretrained, build_config=build
     )
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(description.model_dump_json(indent=2) + "\n")
-    (path / "rank0.engine").write_text(engine.model_dump_json(indent=2) + "\n")
+    for rank in range(description.num_ranks):  # the first one computes
+        (path / f"rank{rank}.engine").write_text(engine.model_dump_json(indent=2) + "\n")
 
 
-def pretrained_config(shape: RandomModelConfig, max_position_embeddings: int) -> dict[str, Any]:
+def pretrained_config(
+    shape: RandomModelConfig, max_position_embeddings: int, tp_size: int = 1
+) -> dict[str, Any]:
     """`pretrained_config` of a Qwen3 as TensorRT-LLM's conversion writes it."""
+    world = {"world_size": tp_size, "tp_size": tp_size, "pp_size": 1, "cp_size": 1}
     return {
         "architecture": "Qwen3ForCausalLM",
         "qwen_type": "qwen3",
@@ -181,7 +200,7 @@ def pretrained_config(shape: RandomModelConfig, max_position_embeddings: int) ->
         "head_size": shape.head_dim,
         "intermediate_size": shape.intermediate_size,
         "max_position_embeddings": max_position_embeddings,
-        "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1, "cp_size": 1, "gpus_per_node": 8},
+        "mapping": {**world, "gpus_per_node": 8},
         "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
     }
 

@@ -11,6 +11,7 @@ def create_engine(config: EngineConfig) -> Engine:
 
     Raises:
         ConfigError: The model or the compiled engine cannot be served.
+        WorkerRank: Another process leads the engine.
     """
     # Imported here: the decision core works without torch, compiled engines too.
     if isinstance(config, TrtllmEngineConfig):

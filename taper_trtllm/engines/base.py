@@ -15,7 +15,7 @@ Nothing outside an engine's own file may ask which engine it is: what differs is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -91,6 +91,20 @@ class SequenceParams:
     sampling: SamplingParams
     seed: int
     cache_salt_id: int | None = None
+
+
+class WorkerRank(Exception):
+    """This process computes a part of an engine that another one leads; it takes no requests.
+
+    Attributes:
+        capabilities: The engine's; the leader alone knows its KV pool.
+        work: Returns when the leader ends.
+    """
+
+    def __init__(self, capabilities: EngineCapabilities, work: Callable[[], None]) -> None:
+        super().__init__("this rank works for its leader")
+        self.capabilities = capabilities
+        self.work = work
 
 
 @dataclass(frozen=True, slots=True)

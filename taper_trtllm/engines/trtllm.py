@@ -33,6 +33,7 @@ from taper_trtllm.engines.base import (
     SequenceParams,
     StepPlan,
     StepResult,
+    WorkerRank,
 )
 from taper_trtllm.engines.paged_sequences import EngineSequence, PagedSequences
 from taper_trtllm.engines.trtllm_audit import Auditor
@@ -119,6 +120,7 @@ class TrtllmEngine(PagedSequences):
     Raises:
         ConfigError: The engine or the bindings cannot be used.
         EngineError: The engine does not run.
+        WorkerRank: Another rank of the engine leads.
     """
 
     def __init__(
@@ -127,6 +129,9 @@ class TrtllmEngine(PagedSequences):
         self._config = config
         self._engine_dir = read_engine_dir(config.engine_dir)
         self._session = TrtllmSession(config, self._engine_dir)
+        if not self._session.takes_requests:
+            capabilities = _capabilities(config, self._engine_dir, 0, clock is not None)
+            raise WorkerRank(capabilities, self._session.shutdown)
         self._clock = clock or time.monotonic
         self._is_lockstep = config.mode == "lockstep"
         self._places: dict[int, Place] = {}  # by the executor's request id
@@ -156,13 +161,7 @@ class TrtllmEngine(PagedSequences):
         return self._clock()
 
     def _num_pool_blocks(self) -> int:
-        """Blocks in TensorRT-LLM's pool, which only an iteration tells; it also warms up.
-
-        Ranks that only work for their leader stay here until it ends.
-        """
-        if not self._session.takes_requests:
-            self._session.shutdown()
-            raise SystemExit(0)
+        """Blocks in TensorRT-LLM's pool, which only an iteration tells; it also warms up."""
         self._session.ask(PlaceRequest(_WARM_UP_IDS, 1, SamplingParams(), 0, 0, False, 0, None))
         deadline_s = time.monotonic() + self._config.iteration_timeout_s
         num_blocks: int | None = None
