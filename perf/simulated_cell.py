@@ -14,8 +14,10 @@ from rich.progress import Progress
 from perf.offered_load import LoadConfig, OfferedLoad
 from perf.simulated_result import Result, StepTotals, run_figures
 from perf.simulation import Deployment, simulate
+from perf.virtual_trtllm import VirtualTrtllmEngine
 from taper_trtllm.batch import StepRecord
 from taper_trtllm.config import SchedulerConfig
+from taper_trtllm.engines.simulated import SimulatedEngine
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +50,20 @@ class Cell:
     seed: int
 
 
+def deployment_of(study: Study, cell: Cell) -> Deployment:
+    """The server of a cell."""
+    return replace(
+        study.deployment,
+        scheduler=study.policies[cell.policy],
+        engine=replace(study.deployment.engine, seed=cell.seed),
+    )
+
+
 def run_cell(
-    study: Study, cell: Cell, observe: Callable[[StepRecord], None] | None = None
+    study: Study,
+    cell: Cell,
+    observe: Callable[[StepRecord], None] | None = None,
+    engine: SimulatedEngine | VirtualTrtllmEngine | None = None,
 ) -> Result:
     """Simulates a cell.
 
@@ -57,13 +71,10 @@ def run_cell(
         study: What it is part of.
         cell: Which one.
         observe: Called with the record of every step.
+        engine: See `simulate`; one of `deployment_of`.
     """
     load = _offered_load(study.load, cell.seed)
-    deployment = replace(
-        study.deployment,
-        scheduler=study.policies[cell.policy],
-        engine=replace(study.deployment.engine, seed=cell.seed),
-    )
+    deployment = deployment_of(study, cell)
     start_s, end_s = study.warmup_s, study.warmup_s + study.duration_s
     totals = StepTotals(start_s, end_s, deployment.engine.num_kv_blocks)
 
@@ -72,9 +83,8 @@ def run_cell(
         if observe is not None:
             observe(record)
 
-    arrived = simulate(
-        deployment, load.arrivals(cell.request_rate), end_s + study.drain_s, end_s, note
-    )
+    arrivals = load.arrivals(cell.request_rate)
+    arrived = simulate(deployment, arrivals, end_s + study.drain_s, end_s, note, engine)
     scored = [r for r in arrived if start_s <= r.arrival_s < end_s]
     return {
         "policy": cell.policy,

@@ -78,6 +78,7 @@ def simulate(
     end_s: float,
     scored_until_s: float = float("inf"),
     observe: Callable[[StepRecord], None] | None = None,
+    engine: SimulatedEngine | VirtualTrtllmEngine | None = None,
 ) -> list[SimulatedRequest]:
     """Runs requests from time 0 until those that are scored are done, at most until `end_s`.
 
@@ -87,11 +88,12 @@ def simulate(
         end_s: Requests that are open then stay without metrics.
         scored_until_s: Requests that arrive later only keep the load up.
         observe: Called with the record of every step.
+        engine: A fresh one of the deployment's, to be looked at afterwards; made here by default.
 
     Returns:
         One entry per request that arrived, in order.
     """
-    engine = deployment.make_engine()
+    engine = engine or deployment.make_engine()
     executor = TaperExecutor(
         engine, deployment.profile, deployment.scheduler, deployment.limits, deployment.slo
     )

@@ -206,8 +206,8 @@ class SequenceTable:
             New tokens by family, but for sequences that failed.
         """
         self.step += 1
-        self.holding = result.holding
         self._move(decode_rows, plan, result)
+        self.holding = result.holding
         sequences, failed = self._sequences, result.failed
         taken: defaultdict[int, NewTokens] = defaultdict(list)
         for sequence_id, token_ids in result.tokens.items():
@@ -218,24 +218,39 @@ class SequenceTable:
 
     def _move(self, decode_rows: IntArray, plan: StepPlan, result: StepResult) -> None:
         others = {chunk.sequence_id for chunk in plan.prefill}
-        if self.lease_tokens == 1 and _went_as_planned(plan, result):
-            moved = self._rows.take(decode_rows)
-            moved["num_tokens"] += 1
-            moved["num_computed"] += 1
-            moved["num_generated"] += 1
-            moved["num_stage_tokens_left"] -= 1
-            moved["last_advanced"] = self.step
-            # It has written to its last block, so that one is its own: a new one if that is full.
-            moved["blocks_needed"] = moved["num_computed"] % self.tokens_per_block == 0
-            self._rows.put(decode_rows, moved)
+        stayed = self.holding & result.holding
+        if stayed:
+            others.update((self.holding | result.holding) - stayed, result.preempted)
+            others.update(result.prefilled, result.tokens)
+            steady = [i for i in result.decoded if i in stayed and len(result.tokens[i]) == 1]
+            others.difference_update(steady)
+            rows = [self._sequences[sequence_id].row for sequence_id in steady]
+            self._move_by_one(np.array(rows, dtype=np.int64), in_place=True)
+        elif _went_as_planned(plan, result):
+            self._move_by_one(decode_rows, in_place=False)
         else:
             others.update(plan.decode, result.decoded, result.tokens, result.preempted)
             others.update(result.prefilled)
         for sequence_id in others:
-            sequence = self._sequences[sequence_id]
+            sequence = self._sequences.get(sequence_id)
+            if sequence is None:  # it held a place and is gone
+                continue
             self.touch(sequence)
             if result.tokens.get(sequence_id):
                 self._rows["last_advanced"][sequence.row] = self.step
+
+    def _move_by_one(self, rows: IntArray, *, in_place: bool) -> None:
+        """Each got one token; what `in_place` ones need to go on is theirs already."""
+        moved = self._rows.take(rows)
+        moved["num_tokens"] += 1
+        moved["num_computed"] += 1
+        moved["num_generated"] += 1
+        moved["num_stage_tokens_left"] -= 1
+        moved["last_advanced"] = self.step
+        # It has written to its last block, so that one is its own: a new one if that is full.
+        is_full = moved["num_computed"] % self.tokens_per_block == 0
+        moved["blocks_needed"] = 0 if in_place else is_full
+        self._rows.put(rows, moved)
 
 
 def _went_as_planned(plan: StepPlan, result: StepResult) -> bool:

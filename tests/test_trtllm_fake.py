@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine_build.contract import load_contract
+from engine_build.verify import verify
 from perf.trtllm_fake import bindings as trt
 from perf.trtllm_fake import engine_dir
 from perf.trtllm_fake.block_tree import BlockTree, Retention, TokenBlocks, TokenRange
 from perf.trtllm_fake.engine_dir import BuildConfig, FakeEngine, PluginConfig
 from taper_trtllm.config import RandomModelConfig
+from taper_trtllm.engines.checkpoint import random_checkpoint
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 
 BLOCK = 4
@@ -143,21 +145,16 @@ class Client:
 
 def steps_of(ex: Any, request_id: int) -> list[int]:
     """Numbers of the steps that a request was in."""
-    return [
-        step.iter
-        for step in ex.runtime.history
-        if request_id in {c.request.request_id for c in step.context}
-        or request_id in {r.request_id for r in step.generation}
-    ]
+    return [step.iter for step in ex.runtime.history if request_id in step.request_ids]
 
 
 def recomputed(ex: Any, request_id: int) -> int:
     """Prompt tokens that were computed for a request."""
     return sum(
-        chunk.num_tokens
+        num_tokens
         for step in ex.runtime.history
-        for chunk in step.context
-        if chunk.request.request_id == request_id
+        for i, num_tokens in step.context
+        if i == request_id
     )
 
 
@@ -185,13 +182,18 @@ def test_grants_and_revokes_act_two_steps_later_and_a_revoke_loses_a_token(engin
     ex.runtime.check_integrity()
 
 
-def test_a_request_that_is_cancelled_in_the_queue_still_runs_one_step(tmp_path: Path) -> None:
-    ex = executor(make_engine(tmp_path, max_batch_size=1))
+@pytest.mark.parametrize("shortage", [{"max_batch_size": 1}, {"num_kv_blocks": 10}])
+def test_a_request_that_is_cancelled_before_it_ran_still_runs_one_step(
+    shortage: dict[str, int], tmp_path: Path
+) -> None:
+    ex = executor(make_engine(tmp_path, **shortage))
     client = Client(ex)
-    first, second = client.send(request(prompt_of(5), 3), request(prompt_of(5, 1), 100))
+    first, second = client.send(request(prompt_of(5), 3), request(prompt_of(5, 1), 35))
+    client.step()
     ex.cancel_request(second)
     client.finish(first, second)
     assert len(steps_of(ex, second)) == 1
+    assert steps_of(ex, second)[0] == steps_of(ex, first)[-1] + 1
     assert client.reason(second) == "CANCELLED" and client.tokens[second] == []
 
 
@@ -221,7 +223,7 @@ def test_statistics_are_of_the_launched_step_and_its_predecessors_time(engine: P
         stats.iter: {r.id for r in stats.request_stats if r.scheduled}
         for stats in ex.get_latest_request_stats()
     }
-    launched = {step.iter: {r.request_id for r in step.drawing} for step in ex.runtime.history}
+    launched = {step.iter: step.request_ids for step in ex.runtime.history}
     assert scheduled == {**launched, 4: set()}  # one entry more, once all have ended
     stats = ex.get_latest_iteration_stats()
     assert [s.iter for s in stats] == [0, 1, 2, 3, 4]
@@ -298,25 +300,34 @@ def test_chunks_take_what_generation_leaves_in_whole_blocks(tmp_path: Path) -> N
     client.step()
     long, short = client.send(request(prompt_of(41, 1), 2), request(prompt_of(3, 2), 2))
     client.finish(running, long, short)
-    chunks = [
-        [(c.request.request_id, c.num_tokens) for c in step.context]
-        for step in ex.runtime.history
-        if step.context
-    ]
+    chunks = [list(step.context) for step in ex.runtime.history if step.context]
     # 18 tokens beside the running one: 16 in whole blocks, and two are left, too few for `short`.
     assert chunks[1:] == [[(long, 16)], [(long, 16)], [(long, 9), (short, 3)]]
     assert len(client.tokens[long]) == 2
 
 
-def test_blocks_are_reserved_to_the_end_of_a_request(tmp_path: Path) -> None:
-    ex = executor(make_engine(tmp_path, num_kv_blocks=10))
+def test_a_chunk_behind_reused_tokens_ends_at_a_block(tmp_path: Path) -> None:
+    ex = executor(make_engine(tmp_path, max_num_tokens=18))
     client = Client(ex)
-    # 5 + 15 tokens take 5 blocks; two of these fill the pool from the start.
-    ids = client.send(*(request(prompt_of(5, i), 15) for i in range(3)))
+    client.run(request(prompt_of(7), 1))
+    (long,) = client.send(request(prompt_of(41), 2))
+    client.finish(long)
+    chunks = [n for step in ex.runtime.history for i, n in step.context if i == long]
+    assert chunks == [13, 16, 5], "16 tokens behind 7 would end at 23"
+
+
+def test_blocks_are_reserved_to_the_end_of_a_request(tmp_path: Path) -> None:
+    ex = executor(make_engine(tmp_path, num_kv_blocks=11))
+    client = Client(ex)
+    # 5 + 15 tokens take 5 blocks; two of these leave one block free from the start.
+    ids = client.send(
+        *(request(prompt_of(5, i), 15) for i in range(3)), request(prompt_of(2, 3), 2)
+    )
     client.finish(*ids)
     ends = [steps_of(ex, i)[-1] for i in ids]
     assert steps_of(ex, ids[1])[0] == 0
     assert steps_of(ex, ids[2])[0] == ends[0] + 1
+    assert steps_of(ex, ids[3])[0] == ends[0] + 1, "fits before, but waits behind one that does not"
     ex.runtime.check_integrity()
 
 
@@ -336,6 +347,16 @@ def test_siblings_wait_one_step_for_the_prefix_that_the_first_computes(engine: P
     client.finish(*ids)
     assert [steps_of(ex, i)[0] for i in ids] == [0, 1, 1]
     assert [recomputed(ex, i) for i in ids] == [17, 1, 1]
+
+
+def test_the_same_text_behind_different_prefixes_waits_for_nobody(engine: Path) -> None:
+    ex = executor(engine)
+    client = Client(ex)
+    client.run(request(prompt_of(9, 1), 1), request(prompt_of(9, 2), 1))
+    tail = prompt_of(8, 3)
+    ids = client.send(*(request([*prompt_of(8, i), *tail], 1) for i in (1, 2)))
+    client.finish(*ids)
+    assert steps_of(ex, ids[0]) == steps_of(ex, ids[1])
 
 
 def test_higher_priorities_are_fetched_past_a_full_house_and_wait_for_a_place(
@@ -398,6 +419,22 @@ def test_of_the_children_of_an_ended_parent_one_gets_its_tail(
     client.finish(*ids)
     assert [recomputed(ex, i) for i in ids] == expected
     ex.runtime.check_integrity()
+
+
+@pytest.mark.parametrize(("partial_reuse", "expected"), [(True, 2), (False, 1)])
+def test_a_new_sibling_takes_the_tail_of_a_paused_one(
+    partial_reuse: bool, expected: int, engine: Path
+) -> None:
+    """A leaf that nobody holds is claimed for the prefix in it; what its owner wrote is lost."""
+    ex = executor(engine, kv_cache=trt.KvCacheConfig(enable_partial_reuse=partial_reuse))
+    client = Client(ex)
+    prefix = prompt_of(18)  # ends amid a block
+    (tokens,) = client.run(request([*prefix, 600], 1))
+    paused = [*prefix, 600, *tokens]
+    client.run(request([*prefix, 700], 1))
+    (resumed,) = client.send(request(paused, 2))
+    client.finish(resumed)
+    assert recomputed(ex, resumed) == expected
 
 
 def test_a_running_parent_shares_its_full_blocks(engine: Path) -> None:
@@ -477,6 +514,7 @@ def test_metrics_of_a_request_count_its_prompt_blocks(engine: Path) -> None:
     assert (kv_cache.num_reused_blocks, kv_cache.kv_cache_hit_rate) == (5, 1)
     assert kv_cache.num_total_allocated_blocks == 0, "the tail was claimed, the rest shared"
     assert (again.first_iter, again.last_iter, again.iter) == (3, 5, 5)
+    assert client.ex.runtime.tree.num_cached_blocks == 5  # 20 tokens with KV
     times = again.timing_metrics
     assert times.arrival_time == times.first_scheduled_time < times.first_token_time
     assert (times.last_token_time - times.first_token_time).total_seconds() == pytest.approx(0.02)
@@ -541,10 +579,91 @@ def test_retention_ends_with_its_duration() -> None:
     tree.check_integrity()
 
 
+def test_blocks_that_are_worth_less_go_before_older_ones() -> None:
+    tree = tree_of(6)
+    store(tree, prompt_of(9, 1))
+    store(tree, prompt_of(9, 2), Retention((TokenRange(0, None, 10),)))
+    store(tree, prompt_of(9, 3))
+    assert (found(tree, prompt_of(8, 1)), found(tree, prompt_of(8, 2))) == (2, 0)
+
+
+def test_what_is_no_longer_worth_more_goes_in_its_turn() -> None:
+    clock = [0.0]
+    tree = tree_of(6, clock)
+    store(tree, prompt_of(9, 1), Retention((TokenRange(0, None, 90, duration_s=10.0),)))
+    clock[0] = 11.0
+    tree.refresh()
+    store(tree, prompt_of(9, 2))
+    store(tree, prompt_of(9, 3))
+    assert (found(tree, prompt_of(8, 1)), found(tree, prompt_of(8, 2))) == (0, 2)
+
+
+def test_nothing_is_found_through_an_evicted_block() -> None:
+    tree = tree_of(6)
+    first = prompt_of(13, 1)
+    store(tree, first, Retention((TokenRange(0, 4, 10), TokenRange(4, None, 80))))
+    assert found(tree, first) == 3
+    other = prompt_of(5, 2)
+    store(tree, other)  # takes the first block of the other prompt
+    assert found(tree, first) == 0
+    assert found(tree, [*other[:4], *first[4:]]) == 1
+    tree.check_integrity()
+
+
 def test_retention_is_taken_from_the_range_of_a_blocks_first_token() -> None:
     ranges = (TokenRange(2, 9, 50), TokenRange(12, None, 60, 1.0))
     per_block = Retention(ranges).per_block(5, BLOCK)
     assert per_block == [(None, None), (50, None), (50, None), (60, 1.0), (60, 1.0)]
+
+
+class Written:
+    """What the blocks of a tree really hold, if every launched token is computed."""
+
+    def __init__(self, tree: BlockTree) -> None:
+        self.tree = tree
+        self.content: dict[int, list[int]] = {}
+
+    def write(self, sequence: Any, start: int) -> None:
+        for position in range(start, len(sequence.text.tokens)):
+            block = sequence.blocks[position // BLOCK]
+            cells = self.content.setdefault(block.block_id, [-1] * BLOCK)
+            cells[position % BLOCK] = sequence.text.tokens[position]
+
+    def add(self, tokens: list[int]) -> Any:
+        sequence = self.tree.add_sequence(TokenBlocks(tokens, (None, None), BLOCK), Retention())
+        assert sequence.num_reused_tokens < len(tokens)
+        for position in range(sequence.num_reused_tokens):
+            block = sequence.blocks[position // BLOCK]
+            assert self.content[block.block_id][position % BLOCK] == tokens[position]
+        self.tree.store_context(sequence)
+        self.write(sequence, sequence.num_reused_tokens)
+        return sequence
+
+    def generate(self, sequence: Any, token: int) -> None:
+        sequence.text.tokens.append(token)
+        self.tree.add_token(sequence)
+        self.tree.store_new_block(sequence)
+        self.write(sequence, len(sequence.text.tokens) - 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_reused_blocks_hold_what_is_expected_of_them(data: st.DataObject) -> None:
+    num_blocks = data.draw(st.integers(8, 24))
+    tree = BlockTree(num_blocks, BLOCK, lambda: 0.0, copy_on_partial_reuse=False)
+    written, running = Written(tree), []
+    words = st.lists(st.integers(0, 1), min_size=1, max_size=14)
+    for _ in range(data.draw(st.integers(1, 40))):
+        action = data.draw(st.sampled_from(["add", "generate", "generate", "release"]))
+        if action == "add" and tree.num_free_blocks >= 4:
+            running.append(written.add(data.draw(words)))
+        elif action == "generate" and running and tree.num_free_blocks:
+            written.generate(data.draw(st.sampled_from(running)), data.draw(st.integers(0, 1)))
+        elif running:
+            sequence = running.pop(data.draw(st.integers(0, len(running) - 1)))
+            sequence.text.tokens.append(9)  # the last token has no KV
+            tree.release(sequence)
+        tree.check_integrity()
 
 
 # ---- responses
@@ -623,6 +742,9 @@ def test_a_terminated_request_and_an_executor_that_was_shut_down(engine: Path) -
         expected = f"ReqId {done} has already been processed and was terminated."
         assert again.has_error() and again.error_msg == expected
         ex.cancel_request(done)  # ignored
+        other = ex.enqueue_request(trt.Request([1, 2], 2))
+        assert [r.request_id for r in ex.await_responses(SOON)] == [other]
+        assert ex.await_responses(other)[0].has_error()
         with pytest.raises(TypeError):
             ex.await_responses(0.5)
         assert ex.can_enqueue_requests()
@@ -733,10 +855,8 @@ def test_any_script_conserves_blocks_and_answers_everything(
     for i, max_tokens in asked.items():
         reason = client.reason(i)
         assert reason == "LENGTH" or (reason == "CANCELLED" and i in cancelled)
-        lost = reason == "CANCELLED" and any(
-            i in {r.request_id for r in step.drawing} for step in ex.runtime.history
-        )
-        drawn = sum(i in {r.request_id for r in s.drawing} for s in ex.runtime.history)
+        drawn = sum(i in step.drawing for step in ex.runtime.history)
+        lost = min(drawn, 1)  # none if it was cancelled amid its prompt
         assert len(client.tokens[i]) == (drawn - lost if reason == "CANCELLED" else max_tokens)
     assert ex.runtime.tree.num_free_blocks == ex.runtime.tree.num_blocks
 
@@ -806,9 +926,54 @@ def test_the_command_line_writes_an_engine_that_runs(
     ex = executor(tmp_path / "made")
     Client(ex).run(request(prompt_of(5), 3))
     assert ex.runtime.now_s() == pytest.approx(0.045, abs=1e-3)
-    assert engine_dir.main([*target, "--profile", str(tmp_path / "none.json")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("engine_dir: ") and error.count("\n") == 1
+    for bad, reason in (
+        (["--profile", str(tmp_path / "none.json")], "cannot read the latency profile"),
+        (["--max-batch-size", "0"], "max_batch_size: "),
+        (["--hidden-size", "0"], "hidden_size: "),
+        (["--checkpoint", str(tmp_path / "none")], "cannot read"),
+        (["--output-dir", str(tmp_path / "profile.json")], "File exists"),
+    ):
+        assert engine_dir.main([*target, *bad]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("engine_dir: ") and error.count("\n") == 1 and reason in error
+
+
+def test_a_checkpoint_is_served_as_the_embedded_engine_serves_it(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = random_checkpoint(TINY).config.to_hf()
+    config = transformers.Qwen3Config(**shape, initializer_range=0.15)
+    transformers.Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    target = ["--output-dir", str(tmp_path / "made"), "--checkpoint", str(tmp_path / "model")]
+    assert engine_dir.main([*target, "--max-seq-len", "128", "--max-batch-size", "4"]) == 0
+    with executor(tmp_path / "made") as ex:
+        done = ex.enqueue_request(trt.Request([1, 2, 3], 8))
+        ((response,),) = ex.await_responses([done], SOON)
+        ids = torch.tensor([[1, 2, 3]])
+        model = transformers.Qwen3ForCausalLM.from_pretrained(tmp_path / "model").eval()
+        expected = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert response.result.output_token_ids[0] == expected[0].tolist()
+
+
+def test_the_fake_passes_the_check_of_the_real_bindings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "tensorrt_llm"
+    package.mkdir()
+    (package / "version.py").write_text('__version__ = "1.2.1"\n')
+    monkeypatch.syspath_prepend(tmp_path)
+    contract = load_contract().model_copy(update={"module": trt.__name__})
+    make_engine(
+        tmp_path,
+        decoder=engine_dir.TorchDecoderConfig(random_model=TINY),
+        drive="threaded",
+        max_seq_len=1024,
+    )
+    checks = {check.name: check for check in verify(contract, tmp_path).checks}
+    compared = ["bindings", *(name for name in checks if name.startswith("engine: "))]
+    assert len(compared) == 6
+    assert {checks[name].outcome for name in compared} == {"passed"}, checks
 
 
 def test_the_module_has_every_recorded_name() -> None:

@@ -45,22 +45,32 @@ class Request(_module.Request):
 class Response(_module.Response):
     """Has an error or a result."""
 
+    __slots__ = ()
+
     def _has_error(self) -> bool:
         return "error_msg" in self._values
+
+
+def _deferred(recorded: property) -> property:
+    """A property of metrics that are made when they are read."""
+
+    def fget(self: Any) -> Any:
+        make = self._values.get("make_metrics")
+        return recorded.fget(self) if make is None else make()
+
+    fget.__nb_signature__ = recorded.fget.__nb_signature__  # type: ignore[attr-defined]
+    return property(fget, recorded.fset)
 
 
 class Result(_module.Result):
     """Its metrics are made when they are read: few are."""
 
-    def defer_metrics(self, make: Callable[[], Any]) -> None:
+    __slots__ = ()
+    request_perf_metrics = _deferred(_module.Result.request_perf_metrics)
+
+    def _defer_metrics(self, make: Callable[[], Any]) -> None:
         """Of the fake: what makes the metrics."""
         self._values["make_metrics"] = make
-
-    @property
-    def request_perf_metrics(self) -> Any:
-        """`RequestPerfMetrics`, if they were asked for."""
-        make = self._values.get("make_metrics")
-        return None if make is None else make()
 
 
 class Executor(_module.Executor):
@@ -69,6 +79,7 @@ class Executor(_module.Executor):
     Left out: encoders, engines in memory, debug tensors, KV cache events.
     """
 
+    __slots__ = ("_leader", "runtime")
     runtime: Runtime | Worker
 
     def _init(self, **arguments: Any) -> None:

@@ -73,6 +73,40 @@ class Step:
         """Prompt tokens that are computed."""
         return sum(chunk.num_tokens for chunk in self.context)
 
+    def record(self) -> StepRecord:
+        """What is remembered of it."""
+        return StepRecord(
+            self.iter,
+            tuple((chunk.request.request_id, chunk.num_tokens) for chunk in self.context),
+            tuple([request.request_id for request in self.generation]),
+            tuple([request.request_id for request in self.drawing]),
+            self.launched_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """Who was in a step, by request id.
+
+    Attributes:
+        iter: Its number.
+        context: Requests that computed prompt tokens, and how many.
+        generation: Requests that computed their last token.
+        drawing: Those that drew a token.
+        launched_s: When it was launched.
+    """
+
+    iter: int
+    context: tuple[tuple[int, int], ...]
+    generation: tuple[int, ...]
+    drawing: tuple[int, ...]
+    launched_s: float
+
+    @property
+    def request_ids(self) -> set[int]:
+        """Everyone."""
+        return {*self.generation, *(request_id for request_id, _ in self.context)}
+
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:

@@ -229,9 +229,14 @@ def _read(path: Path, model: type[Any]) -> Any:
             f"{path} is not a fake engine: build one with `python -m perf.trtllm_fake.engine_dir`"
         ) from None
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise EngineDirError(f"{path}: {where}: {first['msg']}") from None
+        raise EngineDirError(f"{path}: {_first(error)}") from None
+
+
+def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, in one line."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else str(first["msg"])
 
 
 # ---- command line
@@ -247,7 +252,8 @@ def main(arguments: list[str] | None = None) -> int:
         description, engine = read_engine_dir(options.output_dir)
         create_decoder(options.output_dir, description, engine)
     except (ConfigError, EngineDirError, ValidationError, OSError) as error:
-        print(f"engine_dir: {error}", file=sys.stderr)
+        reason = _first(error) if isinstance(error, ValidationError) else error
+        print(f"engine_dir: {reason}", file=sys.stderr)
         return 2
     print(f"wrote {options.output_dir}")
     return 0

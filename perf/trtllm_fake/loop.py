@@ -25,11 +25,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from perf.trtllm_fake.active_request import ActiveRequest, Finish, State, Submission
 from perf.trtllm_fake.block_tree import BlockTree, TokenBlocks
 from perf.trtllm_fake.clock import Clock
-from perf.trtllm_fake.decoders import ContextChunk, Decoder, Step, StepOutput
+from perf.trtllm_fake.decoders import ContextChunk, Decoder, Step, StepOutput, StepRecord
 from perf.trtllm_fake.schedulers import MicroBatchScheduler, ScheduledBatch, fitting_requests
 
 _IDLE_TURN_S = 1e-4  # a turn in which nothing could be scheduled
@@ -143,7 +144,7 @@ class ExecutionLoop:
     ) -> None:
         self.limits = limits
         self.tree = tree
-        self.history: deque[Step] = deque(maxlen=_HISTORY_LENGTH)
+        self.history: deque[StepRecord] = deque(maxlen=_HISTORY_LENGTH)
         self.iter = 0
         self._decoder = decoder
         self._clock = clock
@@ -301,7 +302,7 @@ class ExecutionLoop:
         self._decoder.release(request)
 
     def _terminate_all(self, error: str) -> None:
-        """Ends every active request with an error."""
+        """Ends every active request with an error (`terminateActiveRequests`)."""
         failed, self._active = self._active, []
         for request in failed:
             self._free(request)
@@ -372,14 +373,9 @@ class ExecutionLoop:
     # ---- launching
 
     def _launch(self) -> None:
-        self._step = None
-        try:
-            fitting = fitting_requests(self._active, self.tree, self.limits.max_batch_size)
-            batch = self._scheduler.schedule(fitting)
-            self._allocate(batch)
-        except Exception as error:  # whatever it is, the step is lost
-            self._terminate_all(f"Encountered an error in forwardAsync function: {error}")
-            return
+        fitting = fitting_requests(self._active, self.tree, self.limits.max_batch_size)
+        batch = self._scheduler.schedule(fitting)
+        self._allocate(batch)
         now_s = self._clock.now_s()
         chunks = []
         for request in batch.context:
@@ -389,7 +385,7 @@ class ExecutionLoop:
             if request.first_scheduled_s is None:
                 request.first_scheduled_s = now_s
         self._step = Step(self.iter, tuple(chunks), tuple(batch.generation), now_s)
-        self.history.append(self._step)
+        self.history.append(self._step.record())
         self._advance(batch)
 
     def _allocate(self, batch: ScheduledBatch) -> None:
@@ -438,7 +434,10 @@ class ExecutionLoop:
         )
 
 
-def _insert_by_priority(requests: list, request: QueuedRequest | ActiveRequest) -> None:
+_Request = TypeVar("_Request", QueuedRequest, ActiveRequest)
+
+
+def _insert_by_priority(requests: list[_Request], request: _Request) -> None:
     """Highest first, in order of arrival among equals."""
     index = len(requests)
     while index and requests[index - 1].priority < request.priority:

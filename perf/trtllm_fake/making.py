@@ -25,6 +25,6 @@ class Maker:
         if not self._checked:
             self._checked = True
             return strict.create(self._cls, **values)
-        instance = self._cls.__new__(self._cls)
+        instance: Any = object.__new__(self._cls)
         instance._values = values
         return instance

@@ -21,7 +21,7 @@ class Mailbox:
     """Responses by request.
 
     Args:
-        module: The bindings' classes; `Result` must have `defer_metrics`.
+        module: The bindings' classes; `Result` must have `_defer_metrics`.
     """
 
     def __init__(self, module: SimpleNamespace) -> None:
@@ -106,7 +106,7 @@ class Mailbox:
             additional_outputs=[],
         )
         if request.asked.return_perf_metrics:
-            result.defer_metrics(partial(self._make_metrics, request, request.iter, is_final))
+            result._defer_metrics(partial(self._make_metrics, request, request.iter, is_final))
         return result
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from perf.trtllm_fake.active_request import Submission
 from perf.trtllm_fake.block_tree import BlockTree
 from perf.trtllm_fake.clock import Clock, VirtualClock, WallClock
-from perf.trtllm_fake.decoders import Decoder, Step
+from perf.trtllm_fake.decoders import Decoder, StepRecord
 from perf.trtllm_fake.drive import Drive, ThreadedDrive, VirtualDrive
 from perf.trtllm_fake.loop import ExecutionLoop, LoopLimits, QueuedRequest
 from perf.trtllm_fake.responses import Mailbox
@@ -221,7 +221,7 @@ class Runtime:
         return self._loop.num_queued
 
     @property
-    def history(self) -> Sequence[Step]:
+    def history(self) -> Sequence[StepRecord]:
         """Launched steps, oldest first; the last few thousand."""
         with self._drive.lock:
             return list(self._loop.history)

@@ -118,11 +118,7 @@ class MicroBatchScheduler:
     equal_progress: bool = False
 
     def schedule(self, fitting: Sequence[ActiveRequest]) -> ScheduledBatch:
-        """Selects from those that the capacity scheduler let through.
-
-        Raises:
-            RuntimeError: A prompt exceeds the limit of a step and must not be cut.
-        """
+        """Selects from those that the capacity scheduler let through."""
         batch, contexts = ScheduledBatch(), []
         num_tokens = num_context_tokens = 0
         fits = True
@@ -135,7 +131,6 @@ class MicroBatchScheduler:
                 batch.generation.append(request)
                 num_tokens += 1
             elif self.chunk_unit is None:
-                self._check_length(request.num_tokens)
                 if num_tokens + request.num_tokens > self.max_num_tokens:
                     break
                 batch.context.append(request)
@@ -178,10 +173,3 @@ class MicroBatchScheduler:
                 size = size // self.chunk_unit * self.chunk_unit
             request.set_chunk_size(size)
             capacity -= size
-
-    def _check_length(self, num_tokens: int) -> None:
-        if num_tokens > self.max_num_tokens:
-            raise RuntimeError(
-                f"The number of context tokens ({num_tokens}) exceeds the limit value "
-                f"({self.max_num_tokens})"
-            )

@@ -49,19 +49,19 @@ class Statistics:
         self._stages = module.RequestStage.__members__
         self._tree = tree
         self._max_num_active = max_num_active
-        self._iterations: deque[tuple[TurnReport, dict[str, Any]]] = deque(maxlen=max_iterations)
+        self._iterations: deque[tuple[dict[str, Any], ...]] = deque(maxlen=max_iterations)
         self._requests: deque[tuple[int, list[_Row]]] = deque(maxlen=max_request_iterations)
 
     def append(self, report: TurnReport) -> None:
         """Takes the report of a turn."""
         if self._iterations.maxlen:
-            self._iterations.append((report, self._kv_cache()))
+            self._iterations.append((self._numbers(report), _inflight(report), self._kv_cache()))
         if self._requests.maxlen:
             self._requests.append((report.iter, _rows(report)))
 
     def take_iterations(self) -> list[Any]:
         """`IterationStats` since the last call, oldest first."""
-        taken = [self._iteration(report, kv) for report, kv in self._iterations]
+        taken = [self._iteration(*entry) for entry in self._iterations]
         self._iterations.clear()
         return taken
 
@@ -88,36 +88,31 @@ class Statistics:
             "cache_hit_rate": counts.hit_rate,
         }
 
-    def _iteration(self, report: TurnReport, kv_cache: dict[str, Any]) -> Any:
-        step = report.step
-        num_context = len(step.context) if step else 0
-        num_generation = len(step.generation) if step else 0
-        inflight = self._make_inflight(
-            num_scheduled_requests=num_context + num_generation,
-            num_context_requests=num_context,
-            num_gen_requests=num_generation,
-            num_paused_requests=0,
-            num_ctx_tokens=step.num_context_tokens if step else 0,
-            micro_batch_id=0,
-            avg_num_decoded_tokens_per_iter=1.0 if num_generation else 0.0,
-        )
+    def _numbers(self, report: TurnReport) -> dict[str, Any]:
+        return {
+            "timestamp": "",
+            "iter": report.iter,
+            "iter_latency_ms": report.iter_latency_ms,
+            "new_active_requests_queue_latency_ms": report.queue_latency_ms,
+            "num_new_active_requests": report.num_new,
+            "num_active_requests": len(report.active),
+            "num_queued_requests": len(report.queued),
+            "num_completed_requests": len(report.finished),
+            "max_num_active_requests": self._max_num_active,
+            "gpu_mem_usage": 0,
+            "cpu_mem_usage": 0,
+            "pinned_mem_usage": 0,
+        }
+
+    def _iteration(
+        self, numbers: dict[str, Any], inflight: dict[str, Any], kv_cache: dict[str, Any]
+    ) -> Any:
         return self._make_iteration(
-            timestamp="",
-            iter=report.iter,
-            iter_latency_ms=report.iter_latency_ms,
-            new_active_requests_queue_latency_ms=report.queue_latency_ms,
-            num_new_active_requests=report.num_new,
-            num_active_requests=len(report.active),
-            num_queued_requests=len(report.queued),
-            num_completed_requests=len(report.finished),
-            max_num_active_requests=self._max_num_active,
-            gpu_mem_usage=0,
-            cpu_mem_usage=0,
-            pinned_mem_usage=0,
+            **numbers,
             kv_cache_stats=self._make_kv_cache(**kv_cache),
             cross_kv_cache_stats=None,
             static_batching_stats=None,
-            inflight_batching_stats=inflight,
+            inflight_batching_stats=self._make_inflight(**inflight),
             specdec_stats=None,
         )
 
@@ -138,6 +133,21 @@ class Statistics:
             missed_blocks_per_request=counts.missed,
             kv_cache_hit_rate_per_request=counts.hit_rate,
         )
+
+
+def _inflight(report: TurnReport) -> dict[str, Any]:
+    step = report.step
+    num_context = len(step.context) if step else 0
+    num_generation = len(step.generation) if step else 0
+    return {
+        "num_scheduled_requests": num_context + num_generation,
+        "num_context_requests": num_context,
+        "num_gen_requests": num_generation,
+        "num_paused_requests": 0,
+        "num_ctx_tokens": step.num_context_tokens if step else 0,
+        "micro_batch_id": 0,
+        "avg_num_decoded_tokens_per_iter": 1.0 if num_generation else 0.0,
+    }
 
 
 def _rows(report: TurnReport) -> list[_Row]:

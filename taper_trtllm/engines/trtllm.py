@@ -59,6 +59,7 @@ class Place:
         num_known_tokens: Tokens of the prompt that had KV by the ledger.
         num_tokens: Tokens it has drawn.
         is_prefill: Its first token ends a prefill chunk.
+        num_left_out: Plans in a row that did not have it.
         is_revoked: It was cancelled; its last word is not there yet.
     """
 
@@ -70,6 +71,7 @@ class Place:
     num_known_tokens: int
     is_prefill: bool
     num_tokens: int = 0
+    num_left_out: int = 0
     is_revoked: bool = False
 
 
@@ -78,6 +80,7 @@ class Losses:
     """What leases cost, summed over the engine's life.
 
     Attributes:
+        num_tokens: Tokens that branches got.
         num_places: Places that were asked for.
         num_reentries: Of them, those of branches that had one before.
         num_revoked: Places that were taken back.
@@ -87,6 +90,7 @@ class Losses:
         num_recomputed_tokens: Prompt tokens whose KV was gone though the ledger has it.
     """
 
+    num_tokens: int = 0
     num_places: int = 0
     num_reentries: int = 0
     num_revoked: int = 0
@@ -134,6 +138,7 @@ class TrtllmEngine(PagedSequences):
         self._place_of: dict[SequenceId, int] = {}
         self._num_given: dict[SequenceId, int] = {}  # places by sequence
         self._num_shared: dict[SequenceId, int] = {}
+        self._unwanted: set[int] = set()  # requests to cancel after their first token
         self._auditor = Auditor()
         self._step = 0
         self.losses = Losses()
@@ -229,10 +234,16 @@ class TrtllmEngine(PagedSequences):
     def _drop_place(self, sequence_id: SequenceId) -> None:
         """Whatever a place still draws is not wanted any more."""
         request_id = self._place_of.get(sequence_id)
-        if request_id is not None:
-            if not self._places[request_id].is_revoked:
-                self._session.cancel(request_id)
-            self._close(request_id)
+        if request_id is None:
+            return
+        place = self._places[request_id]
+        if place.num_tokens == 0:
+            # A cancel in the middle of a prompt would publish blocks that were never computed
+            # (kvCacheManager.cpp @b35ac1b6, by reading): it waits for the first token.
+            self._unwanted.add(request_id)
+        elif not place.is_revoked:
+            self._session.cancel(request_id)
+        self._close(request_id)
 
     def _close(self, request_id: int) -> None:
         place = self._places.pop(request_id)
@@ -261,12 +272,14 @@ class TrtllmEngine(PagedSequences):
         """Takes back the places of sequences that the plan leaves out."""
         planned = {*plan.decode, *(chunk.sequence_id for chunk in plan.prefill)}
         for request_id, place in self._places.items():
+            if place.sequence_id in planned:
+                place.num_left_out = 0
+                continue
+            place.num_left_out += 1
             if (
-                place.sequence_id not in planned
-                and place.num_tokens > 0
-                and place.num_tokens < place.max_tokens
+                place.num_left_out >= self._config.min_lease_steps
+                and 0 < place.num_tokens < place.max_tokens
                 and not place.is_revoked
-                and self._step - place.asked_in > self._config.min_lease_steps
             ):
                 self._session.cancel(request_id)
                 place.is_revoked = True
@@ -392,8 +405,12 @@ class TrtllmEngine(PagedSequences):
         """Merges one response into the transcript of its branch."""
         request_id = int(response.request_id)
         place = self._places.get(request_id)
-        if place is None:
-            return  # of a branch that is gone, or of a place that was given up
+        if place is None:  # of a branch that is gone, or of a place that was given up
+            if request_id in self._unwanted:
+                self._unwanted.remove(request_id)
+                if not response.has_error() and not response.result.is_final:
+                    self._session.cancel(request_id)
+            return
         if response.has_error():
             outcome.failed[place.sequence_id] = str(response.error_msg)
             self._close(request_id)
@@ -421,6 +438,7 @@ class TrtllmEngine(PagedSequences):
         place.num_tokens += len(token_ids)
         if place.keeps_tokens:
             sequence.tokens.extend(token_ids)
+            self.losses.num_tokens += len(token_ids)
             outcome.tokens[sequence_id] = (*outcome.tokens.get(sequence_id, ()), *token_ids)
             self._write(sequence, len(sequence.tokens) - 1)
         else:
@@ -433,10 +451,14 @@ class TrtllmEngine(PagedSequences):
         sequence.max_computed = max(sequence.max_computed, num_tokens)
 
     def _with_end(self, place: Place, token_ids: list[int], result: Any) -> list[int]:
-        """The token that ended the stage is part of the text, whether it was sent or not."""
+        """The token that ended the stage is part of the text, whether it was sent or not.
+
+        A place that only computes a prefix may draw one too: without it, nothing would tell that
+        the prefix is there.
+        """
         sampling = self._sequences[place.sequence_id].params.sampling
         reason = result.finish_reasons[0]
-        if place.keeps_tokens and reason.name == "END_ID" and sampling.stop_ids:
+        if reason.name == "END_ID" and sampling.stop_ids:
             end_id = min(sampling.stop_ids)
             if not token_ids or token_ids[-1] != end_id:
                 return [*token_ids, end_id]

@@ -65,6 +65,8 @@ class Auditor:
                 continue
             self._iterations.popleft()
             self._requests.popleft()
+            if self._launched is not None and stats.iter != self._launched.iteration + 1:
+                self._launched = None  # the entry with its latency was dropped unread
             launched, latency_ms = self._launched, float(stats.iter_latency_ms)
             if launched is not None and not launched.is_after_idle and latency_ms > 0:
                 audits.append(

@@ -1,0 +1,396 @@
+"""Compiled engines: the adapter on the fake executor, under the executor and its policies."""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from programs import expected_outputs, requests
+from test_executor import SPECS, Collector, alone, named, plain, run_to_end
+from toy_engine import next_token, step_ms, toy_profile
+
+from perf.trtllm_fake.decoders import Step, StepOutput
+from perf.trtllm_fake.engine_dir import (
+    BuildConfig,
+    FakeEngine,
+    PluginConfig,
+    TorchDecoderConfig,
+    pretrained_config,
+    write_engine_dir,
+)
+from taper_trtllm.batch import PrefillLoad
+from taper_trtllm.config import (
+    RandomModelConfig,
+    SchedulerConfig,
+    TorchEngineConfig,
+    TrtllmEngineConfig,
+)
+from taper_trtllm.engines.base import IterationAudit, PrefillChunk, SequenceParams, StepPlan
+from taper_trtllm.engines.torch_engine import TorchEngine
+from taper_trtllm.engines.trtllm import Place, TrtllmEngine
+from taper_trtllm.engines.trtllm_session import News
+from taper_trtllm.executor import TaperExecutor
+from taper_trtllm.kv_budget import serial_footprint_blocks
+from taper_trtllm.request import (
+    Branch,
+    ForkJoinRequest,
+    ParallelStage,
+    RequestLimits,
+    SamplingParams,
+    SerialStage,
+    SloTarget,
+)
+
+BLOCK = 4
+TINY = RandomModelConfig(
+    hidden_size=64, num_hidden_layers=2, head_dim=16, intermediate_size=96, vocab_size=97, seed=3
+)
+MODES = ("lease", "slice", "lockstep")
+SLO = SloTarget(ttft_ms=200, tpot_ms=8)
+
+
+class ToyDecoder:
+    """The toy model of the executor's tests as the compute of the fake; remembers every step."""
+
+    def __init__(self) -> None:
+        self.computed: dict[int, IterationAudit] = {}
+
+    def step(self, step: Step) -> StepOutput:
+        contexts = [request.num_tokens for request in step.generation]
+        took_ms = step_ms(len(contexts), sum(contexts), step.num_context_tokens)
+        load = PrefillLoad()
+        for chunk in step.context:
+            load = load.with_chunk(chunk.num_tokens, chunk.start)
+        self.computed[step.iter] = IterationAudit(
+            step.iter, took_ms, len(contexts), sum(contexts), load
+        )
+        return StepOutput([next_token(r.text.tokens) for r in step.drawing], took_ms / 1e3)
+
+    def release(self, request: Any) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan as it met the engine.
+
+    Attributes:
+        plan: The plan; what it says can act from step `num_launched` on.
+        num_launched: Steps that were launched before, the one in flight included.
+        placed: Sequences that had a place then.
+    """
+
+    plan: StepPlan
+    num_launched: int
+    placed: frozenset[int]
+
+    @property
+    def sequences(self) -> set[int]:
+        return {*self.plan.decode, *(chunk.sequence_id for chunk in self.plan.prefill)}
+
+
+def _members(step: Step) -> set[int]:
+    """Requests in a step."""
+    return {r.request_id for r in (*(c.request for c in step.context), *step.generation)}
+
+
+class WatchedEngine(TrtllmEngine):
+    """In virtual time; remembers plans and places, and recounts all blocks after every step."""
+
+    def __init__(self, config: TrtllmEngineConfig) -> None:
+        self.plans: list[Planned] = []
+        self.owner: dict[int, int] = {}  # sequences by request id
+        self.audits: list[IterationAudit] = []
+        super().__init__(config, clock=lambda: float(self.runtime.now_s()))
+
+    @property
+    def runtime(self) -> Any:
+        return self.session.executor.runtime
+
+    def step(self, plan: StepPlan) -> Any:
+        self.plans.append(Planned(plan, len(self.runtime.history), frozenset(self._place_of)))
+        result = super().step(plan)
+        self.audits.extend(result.audits or ())
+        self.check_integrity()
+        self.runtime.check_integrity()
+        return result
+
+    def _give(self, place: Place, plan: StepPlan) -> None:
+        super()._give(place, plan)
+        self.owner[self._place_of[place.sequence_id]] = place.sequence_id
+
+    def launched(self) -> list[set[int]]:
+        """Sequences in each of the launched steps."""
+        return [
+            {self.owner[i] for i in _members(step) if i in self.owner}
+            for step in self.runtime.history
+        ]
+
+    def assert_idle(self) -> None:
+        """Nothing is left, here or in the runtime, once the last cancels have acted."""
+        for _ in range(4):
+            self.session.poll(0.001)
+        assert self.num_free_blocks == self.capabilities.num_kv_blocks
+        assert not self._places and not self._place_of and not self._sequences
+        assert not self._num_given and not self._num_shared
+        assert self.runtime.num_active == self.runtime.num_queued == 0
+        self.runtime.check_integrity()
+
+
+def make_engine(
+    path: Path,
+    *,
+    decoder: Any = None,
+    num_kv_blocks: int = 2048,
+    max_num_tokens: int = 512,
+    **config: Any,
+) -> WatchedEngine:
+    """An engine of the toy model, or of `decoder`, with a random tiny model for `torch`."""
+    build = BuildConfig(
+        max_input_len=4095,
+        max_seq_len=4096,
+        max_batch_size=64,
+        max_num_tokens=max_num_tokens,
+        plugin_config=PluginConfig(tokens_per_block=BLOCK),
+    )
+    fake = FakeEngine(
+        drive="virtual",
+        num_kv_blocks=num_kv_blocks,
+        decoder=TorchDecoderConfig(random_model=TINY, step_ms=10),
+    )
+    write_engine_dir(path, build, fake, pretrained_config(TINY, build.max_seq_len))
+    options = {"bindings": "perf.trtllm_fake.bindings", "min_lease_steps": 2, **config}
+    made = TrtllmEngineConfig(kind="trtllm", engine_dir=path, **options)
+    if decoder == "torch":
+        return WatchedEngine(made)
+    decoder = decoder or ToyDecoder()
+    with mock.patch("perf.trtllm_fake.bindings.create_decoder", lambda *_: decoder):
+        return WatchedEngine(made)
+
+
+def make_executor(engine: WatchedEngine, policy: str = "taper", **scheduler: Any) -> TaperExecutor:
+    options = {"max_batch_size": 64, "prefill_chunking": "slack", **scheduler}
+    config = SchedulerConfig(policy=policy, **options)
+    return TaperExecutor(engine, toy_profile(), config, RequestLimits(), SLO)
+
+
+def run(engine: WatchedEngine, executor: TaperExecutor, batch: Sequence[ForkJoinRequest]) -> None:
+    """Runs requests that come one after the other; their text must be that of each one alone."""
+    collector = Collector()
+    for request in batch:
+        executor.submit(request, collector)
+        executor.run_once()
+    run_to_end(executor, engine)
+    for request in batch:
+        assert collector.last(request.request_id).finish_reason == "completed"
+        assert collector.tokens(request.request_id) == alone(request)
+    engine.assert_idle()
+
+
+def greedy(drawn: Sequence[ForkJoinRequest]) -> list[ForkJoinRequest]:
+    """Each place has a sampler of its own: only greedy text is the same however it is cut."""
+    return [
+        r.model_copy(update={"sampling": r.sampling.model_copy(update={"temperature": 0.0})})
+        for r in named(list(drawn))
+    ]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+@pytest.fixture(scope="module")
+def model() -> TorchEngine:
+    return TorchEngine(
+        TorchEngineConfig(
+            random_model=TINY, tokens_per_block=BLOCK, num_kv_blocks=1024, max_seq_len=4096
+        )
+    )
+
+
+property_test = settings(
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=(Phase.explicit, Phase.reuse, Phase.generate),
+)
+
+
+# ------------------------------------------------------------------ token for token
+
+
+@property_test
+@given(
+    drawn=st.lists(requests(), min_size=1, max_size=4),
+    policy=st.sampled_from(SPECS),
+    mode=st.sampled_from(MODES),
+    lease_tokens=st.integers(1, 8),
+    spare=st.integers(0, 60),
+    fraction=st.sampled_from([1.0, 1.0, 0.5, 0.2]),
+    max_num_tokens=st.sampled_from([16, 64, 512]),
+    slots=st.integers(1, 4),
+)
+def test_outputs_equal_independent_generation_under_every_schedule(
+    path, drawn, policy, mode, lease_tokens, spare, fraction, max_num_tokens, slots
+):
+    """Rules 4, 5, 7 and 8, with as little memory as the largest request needs alone."""
+    batch = greedy(drawn)
+    footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, BLOCK) for r in batch)
+    engine = make_engine(
+        path,
+        num_kv_blocks=footprint + spare,
+        max_num_tokens=max_num_tokens,
+        mode=mode,
+        lease_tokens=lease_tokens,
+    )
+    executor = make_executor(engine, policy, max_num_requests=slots, kv_reserve_fraction=fraction)
+    run(engine, executor, batch)
+
+
+def generate(model: TorchEngine, context: Sequence[int], n: int) -> list[int]:
+    """Independent, unbatched, greedy."""
+    model.add_sequence(0, 0, context, SequenceParams(SamplingParams(), seed=0))
+    plan = StepPlan(prefill=(PrefillChunk(0, len(context), sample=True),))
+    tokens = [*model.step(plan).tokens[0]]
+    while len(tokens) < n:
+        tokens += model.step(StepPlan(decode=(0,), max_new_tokens=(1,))).tokens[0]
+    model.release_sequence(0)
+    return tokens
+
+
+def text_alone(model: TorchEngine, request: ForkJoinRequest) -> dict[tuple[str, int], list[int]]:
+    """Every branch generated by itself."""
+
+    def run_branch(path: str, context: Sequence[int], n: int) -> list[int]:
+        new = generate(model, context, n)
+        ends = [i for i, token in enumerate(new) if token in request.sampling.stop_ids]
+        return new[: ends[0] + 1] if ends else new
+
+    return expected_outputs(request, run_branch)
+
+
+@pytest.mark.parametrize(
+    ("mode", "policy"), [(MODES[i % 3], policy) for i, policy in enumerate(SPECS)]
+)
+@settings(max_examples=3, deadline=None, derandomize=True)
+@given(drawn=st.lists(requests(2), min_size=2, max_size=3), lease_tokens=st.integers(1, 8))
+def test_a_real_model_says_what_it_says_alone(path, model, mode, policy, drawn, lease_tokens):
+    """The same with Qwen3 as the compute, and stops that it runs into."""
+    batch = []
+    for request in greedy(drawn):
+        said = [t for tokens in text_alone(model, request).values() for t in tokens]
+        sampling = SamplingParams(stop_token_ids=(said[-1], said[len(said) // 2]))
+        batch.append(request.model_copy(update={"sampling": sampling}))
+    engine = make_engine(path, decoder="torch", mode=mode, lease_tokens=lease_tokens)
+    executor = make_executor(engine, policy)
+    collector = Collector()
+    for request in batch:
+        executor.submit(request, collector)
+        executor.run_once()
+    run_to_end(executor, engine)
+    for request in batch:
+        assert collector.tokens(request.request_id) == text_alone(model, request)
+    engine.assert_idle()
+
+
+# ------------------------------------------------------------------ who really ran
+
+
+def busy_requests() -> list[ForkJoinRequest]:
+    """Wide and plain ones that are short of time, with texts of their own."""
+    wide = [
+        ForkJoinRequest(
+            request_id=f"wide{i}",
+            input_ids=tuple((13 * i + j) % 97 for j in range(9 + 5 * i)),
+            stages=(
+                SerialStage(max_tokens=5),
+                ParallelStage(
+                    branches=tuple(
+                        Branch(header_ids=(10 * i + j, j), max_tokens=25 + 3 * j) for j in range(7)
+                    )
+                ),
+                SerialStage(max_tokens=9),
+            ),
+        )
+        for i in range(3)
+    ]
+    return [wide[0], plain("p0", 60), wide[1], plain("p1", 40), plain("p2", 50), wide[2]]
+
+
+@pytest.mark.parametrize("policy", ["taper", "step-ceiling:0.9", "fixed-cap:2", "irp-eager"])
+@pytest.mark.parametrize("lease_tokens", [3, 32])
+@pytest.mark.parametrize("min_lease_steps", [1, 4])
+def test_membership_follows_the_plans_one_step_later(path, policy, lease_tokens, min_lease_steps):
+    """Rule 1 on lease engines: entry at once after the step in flight, exit after hysteresis."""
+    engine = make_engine(path, lease_tokens=lease_tokens, min_lease_steps=min_lease_steps)
+    run(engine, make_executor(engine, policy), busy_requests())
+    launched, plans = engine.launched(), engine.plans
+    num_launched = [planned.num_launched for planned in plans]
+    first_token: dict[int, int] = {}  # by request id: the step that drew it
+    for index, step in enumerate(engine.runtime.history):
+        for request in step.drawing:
+            first_token.setdefault(request.request_id, index)
+    for index, step in enumerate(engine.runtime.history):
+        last = bisect.bisect_right(num_launched, index)  # plans before it could act on the step
+        recent = plans[max(0, last - 1 - min_lease_steps) : last]
+        wanted = set().union(*(planned.sequences for planned in recent))
+        for request_id in _members(step) & engine.owner.keys():
+            was_seen_to_draw = first_token[request_id] + 2 <= num_launched[last - 1]
+            assert engine.owner[request_id] in wanted or not was_seen_to_draw, "runs unplanned"
+    for planned in plans:
+        entering = {*planned.plan.decode} - planned.placed
+        assert not entering or entering <= launched[planned.num_launched], "entered late"
+    assert engine.losses.num_places > 20
+    if policy in ("taper", "step-ceiling:0.9") and lease_tokens == 32:
+        assert engine.losses.num_revoked > 0
+
+
+@pytest.mark.parametrize("policy", ["taper", "irp-eager"])
+def test_lockstep_runs_exactly_the_plan(path, policy):
+    engine = make_engine(path, mode="lockstep")
+    run(engine, make_executor(engine, policy), busy_requests())
+    launched = engine.launched()
+    ends = [*(planned.num_launched for planned in engine.plans[1:]), len(launched)]
+    for planned, end in zip(engine.plans, ends, strict=True):
+        ran = launched[planned.num_launched : end]
+        assert set().union(*ran) == planned.sequences
+        assert sum(map(len, ran)) == len(planned.sequences), "someone ran twice"
+
+
+@pytest.mark.parametrize("max_num_tokens", [16, 512])
+@pytest.mark.parametrize("polls_are_late", [False, True])
+def test_audits_tell_what_the_runtime_did(path, monkeypatch, max_num_tokens, polls_are_late):
+    """Even if statistics were dropped unread: then of fewer iterations."""
+    decoder = ToyDecoder()
+    if polls_are_late:
+        monkeypatch.setattr("taper_trtllm.engines.trtllm_session._STATS_DEPTH", 3)
+    engine = make_engine(path, decoder=decoder, max_num_tokens=max_num_tokens, lease_tokens=8)
+    if polls_are_late:
+        poll, rng = engine.session.poll, random.Random(0)
+
+        def late(timeout_s: float) -> News:
+            if rng.random() < 0.3:
+                engine.runtime._drive.wait_for(lambda: False, rng.uniform(0.0, 0.1))
+            return poll(timeout_s)
+
+        engine.session.poll = late
+    run(engine, make_executor(engine, "taper"), busy_requests())
+    assert len({audit.iteration for audit in engine.audits}) == len(engine.audits)
+    assert len(engine.audits) > (0.1 if polls_are_late else 0.9) * len(decoder.computed)
+    for audit in engine.audits:
+        did = decoder.computed[audit.iteration]
+        assert (audit.width, audit.num_context_tokens) == (did.width, did.num_context_tokens)
+        assert audit.step_ms == pytest.approx(did.step_ms)
+        assert audit.prefill.num_chunks == did.prefill.num_chunks
+        assert audit.prefill.num_tokens == did.prefill.num_tokens
+        if did.prefill.num_chunks == 1:
+            assert audit.prefill.token_context == did.prefill.token_context
