@@ -5,9 +5,15 @@ from __future__ import annotations
 import pytest
 
 from perf.workload import vocab_size_of
-from taper_trtllm.config import ConfigError, TorchEngineConfig, load_config, parse_config
+from taper_trtllm.config import (
+    ConfigError,
+    TorchEngineConfig,
+    load_config,
+    parse_config,
+)
 from taper_trtllm.profile import ProfileError, load_profile
 
+COMPILED = {"kind": "trtllm", "engine_dir": "engine"}
 BAD = [
     ({"engine": {"device": "gpu"}}, r"engine\.device: .*pattern"),
     ({"engine": {"random_model": {"head_dim": 33}}}, r"engine\.random_model: .*head_dim"),
@@ -19,6 +25,14 @@ BAD = [
     ({"scheduler": {"max_num_requests": 9, "max_batch_size": 8}}, "scheduler: .*max_batch_size"),
     ({"limits": {"max_total_tokens": 1 << 20}}, "limits.max_total_tokens"),
     ({"shceduler": {}}, "shceduler: "),
+    ({"engine": {"kind": "tensorrt"}}, "engine: .*'torch', 'trtllm'"),
+    ({"engine": {"kind": "trtllm"}}, r"engine\.engine_dir: Field required"),
+    ({"engine": {**COMPILED, "mode": "leases"}}, r"engine\.mode: .*'lease', 'slice' or 'lockstep'"),
+    ({"engine": {**COMPILED, "device": "cuda"}}, r"engine\.device: Extra inputs"),
+    (
+        {"engine": COMPILED, "scheduler": {"prefill_chunking": "slack"}},
+        r"scheduler\.prefill_chunking: slack needs an engine that is planned step by step",
+    ),
 ]
 
 
