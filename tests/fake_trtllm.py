@@ -49,6 +49,7 @@ def write_serving(
     tp_size: int = 1,
     fail_at_iteration: int | None = None,
     engine: dict[str, Any] | None = None,
+    scheduler: dict[str, Any] | None = None,
 ) -> Path:
     """Writes an engine, an invented latency profile of it and a serving configuration.
 
@@ -58,6 +59,7 @@ def write_serving(
         tp_size: Ranks.
         fail_at_iteration: See `FakeEngine`.
         engine: Changes to the `engine` section.
+        scheduler: Changes to the `scheduler` section.
     """
     directory.mkdir(exist_ok=True)
     engine_dir = directory / "engine"
@@ -95,7 +97,12 @@ def write_serving(
             "lease_tokens": 8,
             **(engine or {}),
         },
-        "scheduler": {"max_num_requests": 8, "max_batch_size": 32, "max_prefill_tokens": 256},
+        "scheduler": {
+            "max_num_requests": 8,
+            "max_batch_size": 32,
+            "max_prefill_tokens": 256,
+            **(scheduler or {}),
+        },
         "limits": {"max_total_tokens": 2048, "max_prompt_tokens": 1024, "max_leaves": 128},
         "profile": "profile.json",
     }

@@ -68,10 +68,8 @@ def alone() -> Alone:
     return Alone()
 
 
-def is_idle(page: MetricsPage) -> bool:
-    return (
-        page.total(names.ACTIVE_FAMILIES) == 0 and page.total(names.KV_FREE_BLOCKS) == NUM_KV_BLOCKS
-    )
+def is_idle(page: MetricsPage, num_blocks: int = NUM_KV_BLOCKS) -> bool:
+    return page.total(names.ACTIVE_FAMILIES) == 0 and page.total(names.KV_FREE_BLOCKS) == num_blocks
 
 
 # ----------------------------------------------------------------------------------- answers
@@ -156,6 +154,41 @@ def test_a_cancel_ends_one_family_and_leaves_the_others_alone(
     assert produced < 5 * 200 + 6 * 150  # most of the cancelled 1,800 were not decoded
 
 
+def test_families_that_do_not_fit_memory_lose_nothing(tmp_path: Path, alone: Alone) -> None:
+    """Branches and requests are preempted, and cancelled ones are among them."""
+    num_blocks = 40  # three of the larger requests
+    prompts = [[i, *PROMPT] for i in range(4)]
+    requests = [
+        {"input_ids": prompt, "stages": stages}
+        for prompt in prompts
+        for stages in (NESTED, [*wide(10, 25), {"type": "serial", "max_tokens": 9}])
+    ]
+    expected = [alone.run(**fields) for fields in requests]
+
+    async def run(client: InferenceServerClient) -> None:
+        answers = await asyncio.gather(
+            *(
+                generate(client, **requests[i % 8], cancel_after=3 if i % 10 == 9 else None)
+                for i in range(24)
+            )
+        )
+        for i, answer in enumerate(answers):
+            assert answer.error is None
+            if answer.finish_reason is not None or i % 10 != 9:
+                assert answer.tokens == expected[i % 8]
+
+    path = write_serving(
+        tmp_path,
+        engine={"kv_cache_tokens": num_blocks * 16},
+        scheduler={"kv_reserve_fraction": 0.4, "policy": "irp-eager"},
+    )
+    with TritonServer(path) as server:
+        with_client(server.grpc_url, run)
+        page = wait_until(server, lambda page: is_idle(page, num_blocks))
+        assert (page.total(names.PREEMPTED_SEQUENCES) or 0) > 0
+        assert (page.total(names.RECOMPUTED_TOKENS) or 0) > 0
+
+
 # --------------------------------------------------------------------------------- bad input
 
 
@@ -207,19 +240,9 @@ def _age(directory: Path) -> None:
     path.write_text(path.read_text().replace('"1.2.1"', '"0.20.0"'))
 
 
-def _break_fmha(directory: Path) -> None:
-    path = directory / "engine/config.json"
-    path.write_text(path.read_text().replace('fmha": true', 'fmha": false'))
-
-
 def _import_real(directory: Path) -> None:
     path = directory / "config.yaml"
     path.write_text(path.read_text().replace("perf.trtllm_fake.bindings", "no_trtllm.bindings"))
-
-
-def _widen(directory: Path) -> None:
-    path = directory / "config.yaml"
-    path.write_text(path.read_text().replace("max_batch_size: 32", "max_batch_size: 64"))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +250,7 @@ def _widen(directory: Path) -> None:
     [
         (_rename, r"engine\.engine_dir: cannot read .*engine/config\.json.*engine_build build"),
         (_age, r"engine\.engine_dir: .* was built with TensorRT-LLM 0\.20\.0"),
-        (_break_fmha, r"engine\.engine_dir: .*without --use_paged_context_fmha"),
         (_import_real, r"engine\.bindings: cannot import no_trtllm\.bindings .*tensorrt-llm 1\.2"),
-        (_widen, r"scheduler\.max_batch_size exceeds the engine's max_batch_size"),
     ],
 )
 def test_a_server_that_cannot_start_says_why(

@@ -125,6 +125,16 @@ def test_an_engine_of_two_ranks_needs_two_processes(tmp_path):
         ExecutorProcess(config)
 
 
+def test_what_the_engine_was_not_built_for_is_refused_by_field(tmp_path):
+    config = load_config(write_serving(tmp_path, scheduler={"max_batch_size": 64}))
+    with pytest.raises(ConfigError, match=r"scheduler\.max_batch_size exceeds the engine's"):
+        ExecutorProcess(config)
+    path = tmp_path / "engine/config.json"
+    path.write_text(path.read_text().replace('fmha": true', 'fmha": false'))
+    with pytest.raises(ConfigError, match=r"engine\.engine_dir: .*use_paged_context_fmha"):
+        ExecutorProcess(config)
+
+
 # ---- how the bindings are called
 
 
