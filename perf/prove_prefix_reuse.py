@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from perf.server_metrics import MetricsPage, scrape
+from perf.workload import embedded
 from taper_trtllm import metrics as names
 from taper_trtllm.config import ConfigError, ServingConfig, load_config
 from taper_trtllm.triton_server import DEFAULT_MODEL_REPOSITORY, TritonServer, TritonServerError
@@ -184,9 +185,10 @@ def prove(workload: Workload, config_path: Path) -> bool:
 
     Raises:
         TritonServerError: The server does not start or refuses a request.
+        ConfigError: It is not one of the embedded engine.
     """
     config = load_config(config_path)
-    num_kv_blocks = config.engine.num_kv_blocks
+    num_kv_blocks = embedded(config.engine).num_kv_blocks
     with TritonServer(config_path) as server:
         forked = serve(server, num_kv_blocks, workload.forked())
         independent = serve(server, num_kv_blocks, workload.independent())

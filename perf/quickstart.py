@@ -18,12 +18,12 @@ from perf.cell import Experiment, check_policies, run_cell
 from perf.grpc_client import ServerUnavailableError
 from perf.host_time import HostTimeError, measure_profile
 from perf.plots import plot_comparison
-from perf.regime import regime_of
+from perf.regime import load_base, regime_of
 from perf.result import save_json
 from perf.tables import comparison_table
 from perf.trace import TraceError
 from perf.workload import WorkloadError
-from taper_trtllm.config import ConfigError, ServingConfig, load_config
+from taper_trtllm.config import ConfigError
 from taper_trtllm.profile import ProfileError
 from taper_trtllm.triton_install import TritonServerError
 
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace, console: Console) -> None:
     """Runs every policy and writes its result, then the table and the plot."""
     policies = [policy for group in arguments.policy or [POLICIES] for policy in group]
     check_policies(policies)
-    base = load_config(arguments.config) if arguments.config else ServingConfig()
+    base = load_base(arguments.config)
     profile = arguments.profile or arguments.output_dir / "profile.json"
     if arguments.profile is None:
         measure_profile(profile, base, arguments.config, console)

@@ -18,7 +18,13 @@ import yaml
 
 from perf.program import ProgramCost, program_cost
 from perf.trace import read_trace
-from perf.workload import DEFAULT_TRACE, WorkloadConfig, make_request, vocab_size_of
+from perf.workload import (
+    DEFAULT_TRACE,
+    WorkloadConfig,
+    embedded,
+    make_request,
+    vocab_size_of,
+)
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.config import ConfigError, ServingConfig, TorchEngineConfig, load_config
 from taper_trtllm.predictor import StepLatencyPredictor
@@ -250,6 +256,17 @@ def _kv_pool(costs: list[ProgramCost]) -> int:
     return max(wanted, max(footprints))
 
 
+def load_base(path: Path | None) -> ServingConfig:
+    """The configuration that a regime is fixed for; the defaults without a file.
+
+    Raises:
+        ConfigError: It is wrong, or not one of the embedded engine.
+    """
+    config = ServingConfig() if path is None else load_config(path)
+    embedded(config.engine)
+    return config
+
+
 def regime_of(
     profile: Path,
     base: ServingConfig,
@@ -287,7 +304,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="serving configuration to write")
     arguments = parser.parse_args()
     try:
-        base = load_config(arguments.config) if arguments.config else ServingConfig()
+        base = load_base(arguments.config)
         regime = regime_of(
             arguments.profile,
             base,

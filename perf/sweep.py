@@ -26,12 +26,12 @@ from perf.cell import Experiment, check_policies, run_cell
 from perf.grpc_client import ServerUnavailableError
 from perf.host_time import HostTimeError, measure_profile
 from perf.plots import plot_sweep
-from perf.regime import LENGTH_SCALE, PROMPT_SCALE, Regime, regime_of
+from perf.regime import LENGTH_SCALE, PROMPT_SCALE, Regime, load_base, regime_of
 from perf.result import save_json
 from perf.sweep_summary import Cells, summarise, summary_tables
 from perf.trace import TraceError
 from perf.workload import DEFAULT_TRACE, WorkloadError
-from taper_trtllm.config import ConfigError, ServingConfig, load_config
+from taper_trtllm.config import ConfigError, ServingConfig
 from taper_trtllm.profile import ProfileError
 from taper_trtllm.triton_install import TritonServerError
 
@@ -114,7 +114,7 @@ def prepare(arguments: argparse.Namespace, console: Console) -> Experiment:
     """
     output: Path = arguments.output_dir
     profile, record = output / "profile.json", output / "regime.json"
-    base = load_config(arguments.config) if arguments.config else ServingConfig()
+    base = load_base(arguments.config)
     if not record.exists():
         output.mkdir(parents=True, exist_ok=True)
         _provide_profile(arguments, base, profile, console)

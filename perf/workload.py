@@ -13,7 +13,13 @@ import numpy as np
 
 from perf.arrivals import FloatArray, gamma_arrivals_s, trace_arrivals_s
 from perf.trace import TraceError, TraceRow, read_trace, scale_count, to_wire_stages
-from taper_trtllm.config import ConfigError, EngineConfig
+from taper_trtllm.config import (
+    ConfigError,
+    EngineConfig,
+    TorchEngineConfig,
+    TrtllmEngineConfig,
+)
+from taper_trtllm.engines.trtllm_engine_dir import read_engine_dir
 from taper_trtllm.request import (
     ForkJoinRequest,
     RequestError,
@@ -100,8 +106,10 @@ def vocab_size_of(engine: EngineConfig) -> int:
     """Vocabulary of the model that a configuration serves.
 
     Raises:
-        ConfigError: The checkpoint does not say.
+        ConfigError: The checkpoint or the compiled engine does not say.
     """
+    if isinstance(engine, TrtllmEngineConfig):
+        return read_engine_dir(engine.engine_dir).vocab_size
     if engine.model_dir is None:
         return engine.random_model.vocab_size
     path = engine.model_dir / "config.json"
@@ -109,6 +117,20 @@ def vocab_size_of(engine: EngineConfig) -> int:
         return int(json.loads(path.read_text())["vocab_size"])
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"engine.model_dir: no vocab_size in {path} ({error})") from None
+
+
+def embedded(engine: EngineConfig) -> TorchEngineConfig:
+    """The configuration of the embedded engine, for programs that set or count its KV blocks.
+
+    Raises:
+        ConfigError: Another engine is configured.
+    """
+    if not isinstance(engine, TorchEngineConfig):
+        raise ConfigError(
+            f"engine.kind: this runs on the embedded engine (torch) alone (got {engine.kind}); "
+            "perf.bench_serving and perf.host_time run on any"
+        )
+    return engine
 
 
 def _require(name: str, holds: bool, rule: str, value: object) -> None:

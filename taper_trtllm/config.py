@@ -131,7 +131,8 @@ class SchedulerConfig(_Model):
             a token behind a long context counts for as much as it costs more.
         prefill_chunking: ``full`` always uses the chunk budget. ``slack`` cuts chunks to what the
             smallest slack leaves, joins and prompts at the pace that they need (`prefill_gate.py`):
-            for engines where small chunks cost no more per token than large ones.
+            for engines where small chunks cost no more per token than large ones. Leases hold
+            whole prompts, which TensorRT-LLM cuts by the engine's max_num_tokens.
         late_requests: ``defer`` starts waiting requests that will miss their TTFT objective after
             all others; ``fcfs`` keeps the order of arrival.
         request_admission: ``tpot`` starts a waiting request only while steps of one sequence per
@@ -142,7 +143,7 @@ class SchedulerConfig(_Model):
         kappa: Step budget limit, in smallest tau.
         margin: m; deadlines are built on (1 - m) tau.
         probe_interval_steps: Every so many steps with extras, one runs the baseline alone; None
-            for never.
+            for never. None on leases, which extras would lose for it.
         kv_reserve_fraction: Share of a request's worst-case serial footprint that is reserved when
             it starts. Below 1, the newest request can be preempted.
         max_step_records: Length of the ring of step records.
@@ -195,8 +196,13 @@ class ServingConfig(_Model):
 
     @model_validator(mode="after")
     def _fits(self) -> ServingConfig:
-        if not isinstance(self.engine, TorchEngineConfig):
-            return self  # its limits are in the engine directory
+        if not isinstance(self.engine, TorchEngineConfig):  # its limits are in the engine directory
+            if self.engine.mode != "lockstep" and self.scheduler.prefill_chunking == "slack":
+                raise ValueError(
+                    "scheduler.prefill_chunking: slack needs an engine that is planned step by "
+                    "step; a compiled one cuts prompts by itself: use full"
+                )
+            return self
         if self.scheduler.max_batch_size > self.engine.max_batch_size:
             raise ValueError("scheduler.max_batch_size must not exceed engine.max_batch_size")
         if self.limits.max_total_tokens > self.engine.max_seq_len:

@@ -13,7 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import write_config
+from fake_trtllm import REPLAY, write_serving
 from trtllm_stand_ins import QWEN3_32B, add_packages
 
 from taper_trtllm.triton_install import find_installation, libpython_dir
@@ -21,11 +21,18 @@ from taper_trtllm.triton_install import find_installation, libpython_dir
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 
-# Starts every context of an MPMD command line with its rank, as Open MPI does on one node.
+# Starts every context of an MPMD command line with its rank, as Open MPI does on one node, and
+# signals their whole process groups.
 _MPIRUN = """#!/usr/bin/env bash
 shift  # --allow-run-as-root
+set -m
 pids=()
-trap 'kill "${pids[@]}"' TERM
+trap 'kill -- "${pids[@]/#/-}"' TERM
+size=1
+for word in "$@"; do
+    [[ "$word" != : ]] || size=$((size + 1))
+done
+export OMPI_COMM_WORLD_SIZE=$size
 rank=0
 words=()
 for word in "$@" :; do
@@ -193,6 +200,13 @@ def _is_ready(url: str) -> bool:
         return False
 
 
+def _kill_session(session: int) -> None:
+    for pid in [int(path.name) for path in Path("/proc").glob("[0-9]*")]:
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) == session:
+                os.kill(pid, signal.SIGKILL)
+
+
 @pytest.fixture
 def container(tmp_path):
     """Environment of a container: the wheel's Triton, an mpirun, a version of TensorRT-LLM."""
@@ -225,8 +239,8 @@ def container(tmp_path):
 
 @pytest.mark.triton
 def test_real_servers_take_the_command_and_only_rank_0_listens(tmp_path, container):
-    """The embedded engine in both ranks: what is tested is the launch, not tensor parallelism."""
-    config = write_config(tmp_path)
+    """Rank 1 is loaded, works for the leader, and ends with it."""
+    config = write_serving(tmp_path / "serving", decoder=REPLAY, tp_size=2)
     http_port, grpc_port, metrics_port = _free_ports(3)
     ports = ("--http-port", http_port, "--grpc-port", grpc_port, "--metrics-port", metrics_port)
     log = tmp_path / "log.txt"
@@ -258,6 +272,5 @@ def test_real_servers_take_the_command_and_only_rank_0_listens(tmp_path, contain
         process.wait(30)
         assert log.read_text().count("successfully unloaded 'taper'") == 2
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        _kill_session(process.pid)
         process.wait()

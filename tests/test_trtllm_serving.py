@@ -16,15 +16,33 @@ from fake_trtllm import NUM_KV_BLOCKS, REPLAY, write_serving
 
 from engine_build.contract import load_contract
 from perf.trtllm_fake import strict
+from perf.trtllm_fake.engine_dir import (
+    BuildConfig,
+    FakeEngine,
+    ProfileDecoderConfig,
+    pretrained_config,
+    write_engine_dir,
+)
 from perf.trtllm_fake.ranks import Leader
-from taper_trtllm.config import ConfigError, ServingConfig, load_config, parse_config
+from taper_trtllm.config import (
+    ConfigError,
+    RandomModelConfig,
+    ServingConfig,
+    TrtllmEngineConfig,
+    load_config,
+    parse_config,
+)
 from taper_trtllm.engines.trtllm_engine_dir import read_engine_dir
 from taper_trtllm.engines.trtllm_session import TrtllmSession
+from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.executor_process import ExecutorProcess
 from taper_trtllm.output import RequestOutput
-from taper_trtllm.request import ForkJoinRequest
+from taper_trtllm.predictor import StepLatencyPredictor
+from taper_trtllm.profile import load_profile
+from taper_trtllm.request import Branch, ForkJoinRequest, ParallelStage
 from taper_trtllm.request_gate import ExecutorClosedError
 
+ROOT = Path(__file__).resolve().parent.parent
 PLAIN = ForkJoinRequest(request_id="plain", input_ids=(1, 2, 3), max_tokens=5)
 
 
@@ -89,7 +107,7 @@ def test_the_leader_serves_and_releases_the_other_rank(two_ranks, monkeypatch):
     worker = subprocess.Popen(
         [sys.executable, "-m", "engine_build", "calibrate", "--config", "config.yaml"],
         cwd=two_ranks.profile.parent,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     leader = ExecutorProcess(two_ranks)
@@ -162,8 +180,52 @@ def test_mpirun_is_the_default_and_scheduling_is_what_branches_need(tmp_path, re
 
 def test_the_orchestrator_needs_its_workers_executable():
     engine = {"kind": "trtllm", "engine_dir": "engine", "communication_mode": "orchestrator"}
-    with pytest.raises(ConfigError, match="engine: .*worker_executable is required"):
+    with pytest.raises(ConfigError, match=r"engine: .*worker_executable is required"):
         parse_config({"engine": engine})
+
+
+# ---- the example configuration
+
+
+def test_the_example_for_compiled_engines_serves_the_engine_that_it_says_how_to_build(tmp_path):
+    """On the fake executor, with the step times of its GPU."""
+    config = load_config(ROOT / "triton_repo/taper/config.trtllm.yaml")
+    engine = config.engine
+    assert isinstance(engine, TrtllmEngineConfig)
+    assert engine.engine_dir == config.profile.parent == Path("/engines/qwen3-32b")
+    truth = load_profile(ROOT / "perf/profiles/h200_fp8_tp1.json")
+    scheduler = config.scheduler
+    predictor = StepLatencyPredictor(truth, scheduler.max_batch_size)
+    num_requests = scheduler.max_num_requests
+    baseline_ms = predictor.predict_step_ms(num_requests, num_requests * 4096)
+    assert baseline_ms < (1 - scheduler.margin) * config.slo.tpot_ms
+
+    build = BuildConfig(
+        max_input_len=16383, max_seq_len=16384, max_batch_size=128, max_num_tokens=1024
+    )
+    decoder = ProfileDecoderConfig(path=tmp_path / "profile.json")
+    fake = FakeEngine(drive="virtual", num_kv_blocks=24_583, decoder=decoder)
+    shape = pretrained_config(RandomModelConfig(vocab_size=151_936), 40960)
+    write_engine_dir(tmp_path, build, fake, shape)
+    fingerprint = dict(read_engine_dir(tmp_path).fingerprint)
+    truth.model_copy(update={"fingerprint": fingerprint}).save(tmp_path / "profile.json")
+    update = {"engine_dir": tmp_path, "bindings": "perf.trtllm_fake.bindings"}
+    served = config.model_copy(
+        update={"engine": engine.model_copy(update=update), "profile": tmp_path / "profile.json"}
+    )
+    executor = TaperExecutor.from_config(served)
+    stage = ParallelStage(branches=tuple(Branch(max_tokens=40) for _ in range(16)))
+    handles = [
+        executor.submit(ForkJoinRequest(request_id=str(i), input_ids=(i,) * 2048, stages=(stage,)))
+        for i in range(8)
+    ]
+    executor.drain()
+    for handle in handles:
+        *_, last = handle
+        assert last.finish_reason == "completed"
+        assert last.metrics.num_output_tokens == 16 * 40
+        assert last.metrics.num_reused_blocks >= 15 * 2048 // 32
+    executor.shutdown()
 
 
 # ---- what is imported
