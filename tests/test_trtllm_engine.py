@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import functools
+import json
 import random
+import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,9 +17,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from programs import expected_outputs, requests
-from test_executor import SPECS, Collector, alone, named, plain, run_to_end
+from test_executor import SPECS, Collector, alone, fan_out, named, plain, run_to_end
 from toy_engine import next_token, step_ms, toy_profile
 
+from perf.trtllm_fake.active_request import Submission
 from perf.trtllm_fake.decoders import Step, StepOutput
 from perf.trtllm_fake.engine_dir import (
     BuildConfig,
@@ -28,17 +32,28 @@ from perf.trtllm_fake.engine_dir import (
 )
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.config import (
+    ConfigError,
     RandomModelConfig,
     SchedulerConfig,
     TorchEngineConfig,
     TrtllmEngineConfig,
+    parse_config,
 )
-from taper_trtllm.engines.base import IterationAudit, PrefillChunk, SequenceParams, StepPlan
+from taper_trtllm.engines import create_engine
+from taper_trtllm.engines.base import (
+    EngineError,
+    IterationAudit,
+    PrefillChunk,
+    SequenceParams,
+    StepPlan,
+    StepResult,
+)
 from taper_trtllm.engines.torch_engine import TorchEngine
 from taper_trtllm.engines.trtllm import Place, TrtllmEngine
 from taper_trtllm.engines.trtllm_session import News
-from taper_trtllm.executor import TaperExecutor
+from taper_trtllm.executor import ExecutorThread, TaperExecutor
 from taper_trtllm.kv_budget import serial_footprint_blocks
+from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import (
     Branch,
     ForkJoinRequest,
@@ -48,6 +63,7 @@ from taper_trtllm.request import (
     SerialStage,
     SloTarget,
 )
+from taper_trtllm.request_gate import ExecutorClosedError
 
 BLOCK = 4
 TINY = RandomModelConfig(
@@ -97,15 +113,16 @@ class Planned:
         return {*self.plan.decode, *(chunk.sequence_id for chunk in self.plan.prefill)}
 
 
-def _members(step: Step) -> set[int]:
-    """Requests in a step."""
-    return {r.request_id for r in (*(c.request for c in step.context), *step.generation)}
-
-
 class WatchedEngine(TrtllmEngine):
-    """In virtual time; remembers plans and places, and recounts all blocks after every step."""
+    """Remembers plans and places, and recounts all blocks after every step.
 
-    def __init__(self, config: TrtllmEngineConfig) -> None:
+    Args:
+        config: Of the engine.
+        num_missing_blocks: Blocks that the runtime has less than the ledger thinks.
+    """
+
+    def __init__(self, config: TrtllmEngineConfig, num_missing_blocks: int = 0) -> None:
+        self.num_missing_blocks = num_missing_blocks
         self.plans: list[Planned] = []
         self.owner: dict[int, int] = {}  # sequences by request id
         self.audits: list[IterationAudit] = []
@@ -115,7 +132,10 @@ class WatchedEngine(TrtllmEngine):
     def runtime(self) -> Any:
         return self.session.executor.runtime
 
-    def step(self, plan: StepPlan) -> Any:
+    def _num_pool_blocks(self) -> int:
+        return super()._num_pool_blocks() + self.num_missing_blocks
+
+    def step(self, plan: StepPlan) -> StepResult:
         self.plans.append(Planned(plan, len(self.runtime.history), frozenset(self._place_of)))
         result = super().step(plan)
         self.audits.extend(result.audits or ())
@@ -130,7 +150,7 @@ class WatchedEngine(TrtllmEngine):
     def launched(self) -> list[set[int]]:
         """Sequences in each of the launched steps."""
         return [
-            {self.owner[i] for i in _members(step) if i in self.owner}
+            {self.owner[i] for i in step.request_ids if i in self.owner}
             for step in self.runtime.history
         ]
 
@@ -149,7 +169,9 @@ def make_engine(
     path: Path,
     *,
     decoder: Any = None,
+    drive: str = "virtual",
     num_kv_blocks: int = 2048,
+    num_missing_blocks: int = 0,
     max_num_tokens: int = 512,
     **config: Any,
 ) -> WatchedEngine:
@@ -162,7 +184,7 @@ def make_engine(
         plugin_config=PluginConfig(tokens_per_block=BLOCK),
     )
     fake = FakeEngine(
-        drive="virtual",
+        drive=drive,
         num_kv_blocks=num_kv_blocks,
         decoder=TorchDecoderConfig(random_model=TINY, step_ms=10),
     )
@@ -170,10 +192,10 @@ def make_engine(
     options = {"bindings": "perf.trtllm_fake.bindings", "min_lease_steps": 2, **config}
     made = TrtllmEngineConfig(kind="trtllm", engine_dir=path, **options)
     if decoder == "torch":
-        return WatchedEngine(made)
+        return WatchedEngine(made, num_missing_blocks)
     decoder = decoder or ToyDecoder()
     with mock.patch("perf.trtllm_fake.bindings.create_decoder", lambda *_: decoder):
-        return WatchedEngine(made)
+        return WatchedEngine(made, num_missing_blocks)
 
 
 def make_executor(engine: WatchedEngine, policy: str = "taper", **scheduler: Any) -> TaperExecutor:
@@ -218,7 +240,7 @@ def model() -> TorchEngine:
 
 
 property_test = settings(
-    max_examples=100,
+    max_examples=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
     phases=(Phase.explicit, Phase.reuse, Phase.generate),
@@ -327,8 +349,7 @@ def busy_requests() -> list[ForkJoinRequest]:
 
 
 @pytest.mark.parametrize("policy", ["taper", "step-ceiling:0.9", "fixed-cap:2", "irp-eager"])
-@pytest.mark.parametrize("lease_tokens", [3, 32])
-@pytest.mark.parametrize("min_lease_steps", [1, 4])
+@pytest.mark.parametrize(("lease_tokens", "min_lease_steps"), [(3, 1), (32, 1), (32, 4)])
 def test_membership_follows_the_plans_one_step_later(path, policy, lease_tokens, min_lease_steps):
     """Rule 1 on lease engines: entry at once after the step in flight, exit after hysteresis."""
     engine = make_engine(path, lease_tokens=lease_tokens, min_lease_steps=min_lease_steps)
@@ -337,13 +358,13 @@ def test_membership_follows_the_plans_one_step_later(path, policy, lease_tokens,
     num_launched = [planned.num_launched for planned in plans]
     first_token: dict[int, int] = {}  # by request id: the step that drew it
     for index, step in enumerate(engine.runtime.history):
-        for request in step.drawing:
-            first_token.setdefault(request.request_id, index)
+        for request_id in step.drawing:
+            first_token.setdefault(request_id, index)
     for index, step in enumerate(engine.runtime.history):
         last = bisect.bisect_right(num_launched, index)  # plans before it could act on the step
-        recent = plans[max(0, last - 1 - min_lease_steps) : last]
+        recent = plans[max(0, last - min_lease_steps) : last]
         wanted = set().union(*(planned.sequences for planned in recent))
-        for request_id in _members(step) & engine.owner.keys():
+        for request_id in step.request_ids & engine.owner.keys():
             was_seen_to_draw = first_token[request_id] + 2 <= num_launched[last - 1]
             assert engine.owner[request_id] in wanted or not was_seen_to_draw, "runs unplanned"
     for planned in plans:
@@ -394,3 +415,279 @@ def test_audits_tell_what_the_runtime_did(path, monkeypatch, max_num_tokens, pol
         assert audit.prefill.num_tokens == did.prefill.num_tokens
         if did.prefill.num_chunks == 1:
             assert audit.prefill.token_context == did.prefill.token_context
+
+
+# ------------------------------------------------------------------ what can go wrong
+
+
+def run_with_faults(
+    engine: WatchedEngine,
+    executor: TaperExecutor,
+    batch: Sequence[ForkJoinRequest],
+    events: Sequence[tuple[int, int, str]],
+) -> tuple[Collector, set[str], set[str]]:
+    """Cancels requests and lets steps fail; returns what came, who was cancelled, who must fail."""
+    collector = Collector()
+    for request in batch:
+        executor.submit(request, collector)
+    cancelled: set[str] = set()
+    doomed: set[str] = set()
+    for number in range(5000):
+        if not executor.num_open_requests:
+            return collector, cancelled, doomed
+        for at, index, kind in events:
+            if at != number or index >= len(batch):
+                continue
+            if kind == "cancel":
+                cancelled.add(f"r{index}")
+                executor.cancel(f"r{index}")
+            elif engine.runtime.num_active:
+                engine.runtime.fail_next_step("NaN logits")
+                active = {r.request_id for r in engine.runtime._loop._active}
+                hit = {i for i, r in engine._place_of.items() if r in active}
+                doomed |= {
+                    live.request.request_id
+                    for live in executor._running
+                    if any(s.sequence_id in hit for s in live.sequences())
+                }
+        executor.run_once()
+    raise AssertionError("the executor does not come to an end")
+
+
+@property_test
+@given(
+    drawn=st.lists(requests(), min_size=2, max_size=4),
+    policy=st.sampled_from(SPECS),
+    mode=st.sampled_from(MODES),
+    spare=st.integers(0, 40),
+    events=st.lists(
+        st.tuples(st.integers(0, 40), st.integers(0, 3), st.sampled_from(["cancel", "fail"])),
+        min_size=1,
+        max_size=5,
+    ),
+)
+def test_cancels_and_failed_steps_end_whole_families_and_leave_nothing(
+    path, drawn, policy, mode, spare, events
+):
+    """Rules 7 and 8; a step that fails ends everyone who has a place."""
+    batch = greedy(drawn)
+    footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, BLOCK) for r in batch)
+    engine = make_engine(path, num_kv_blocks=footprint + spare, mode=mode, lease_tokens=4)
+    executor = make_executor(engine, policy, max_num_requests=3)
+    collector, cancelled, doomed = run_with_faults(engine, executor, batch, events)
+    for request in batch:
+        last = collector.last(request.request_id)
+        if last.finish_reason == "completed":
+            assert collector.tokens(request.request_id) == alone(request)
+        elif last.finish_reason == "error":
+            assert request.request_id in doomed
+            assert "NaN logits" in last.error and "branch" in last.error
+        else:
+            assert last.finish_reason == "cancelled" and request.request_id in cancelled
+        if request.request_id in doomed - cancelled:
+            assert last.finish_reason == "error"
+    run(engine, executor, [plain("later", 1, prompt=1)])
+
+
+@property_test
+@given(
+    drawn=st.lists(requests(), min_size=2, max_size=4),
+    policy=st.sampled_from(SPECS),
+    mode=st.sampled_from(MODES),
+    num_missing=st.integers(1, 60),
+)
+def test_a_pool_smaller_than_the_ledger_thinks_costs_time_and_no_token(
+    path, drawn, policy, mode, num_missing
+):
+    """Parked branches are evicted; what is gone is computed again."""
+    batch = greedy(drawn)
+    footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, BLOCK) for r in batch)
+    engine = make_engine(
+        path, num_kv_blocks=footprint, num_missing_blocks=num_missing, mode=mode, lease_tokens=4
+    )
+    run(engine, make_executor(engine, policy), batch)
+
+
+def test_what_was_evicted_and_computed_again_is_counted(path):
+    recomputed = []
+    for num_kv_blocks in (2048, 90):
+        engine = make_engine(
+            path,
+            num_kv_blocks=num_kv_blocks,
+            num_missing_blocks=2048 - num_kv_blocks,
+            lease_tokens=3,
+        )
+        run(engine, make_executor(engine, "irp-eager"), busy_requests())
+        recomputed.append(engine.losses.num_recomputed_tokens)
+    assert recomputed[0] == 0 and recomputed[1] > 100
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prompt_that_tensorrt_llm_refuses_fails_alone(path, mode):
+    """Whether it refuses when it is asked, or answers with an error."""
+    engine = make_engine(path, mode=mode)
+    executor = make_executor(engine)
+    loop, enqueue = engine.runtime._loop, engine.runtime.enqueue
+
+    def picky(requests: Sequence[Submission]) -> list[int]:
+        if requests[0].token_ids[0] == 96:
+            raise RuntimeError("not to my liking")
+        return enqueue(requests)
+
+    engine.runtime.enqueue = picky
+    loop.limits = replace(loop.limits, max_seq_len=201)
+    collector = Collector()
+    disliked = ForkJoinRequest(request_id="disliked", input_ids=(96, 1, 2), max_tokens=8)
+    good = fan_out("good", 4)
+    for request in [disliked, good, plain("long", prompt=250), plain("fine", 20)]:
+        executor.submit(request, collector)
+    run_to_end(executor, engine)
+    assert collector.tokens("good") == alone(good)
+    assert "branch '' failed" in collector.last("long").error
+    assert "exceeds maximum input length (200)" in collector.last("long").error
+    assert "not to my liking" in collector.last("disliked").error
+    assert collector.last("fine").finish_reason == "completed"
+
+
+def test_a_lost_executor_answers_every_open_request(path):
+    engine = make_engine(path)
+    executor = make_executor(engine, max_num_requests=2)
+    collector = Collector()
+
+    def lose_it(output: RequestOutput) -> None:
+        collector(output)
+        engine.session.executor.shutdown()
+
+    executor.submit(fan_out("a", 4), lose_it)
+    for i in range(4):
+        executor.submit(plain(f"p{i}"), collector)
+    thread = ExecutorThread(executor)
+    thread.start()
+    thread._thread.join(timeout=30)
+    for request_id in ("a", "p0", "p1", "p2", "p3"):
+        assert "the engine failed: TensorRT-LLM" in collector.last(request_id).error
+    with pytest.raises(ExecutorClosedError):
+        executor.submit(plain("late"))
+
+
+def test_an_iteration_that_does_not_end_is_an_engine_error(path):
+    is_over = threading.Event()
+
+    class HungDecoder(ToyDecoder):
+        def step(self, step: Step) -> StepOutput:
+            if step.generation:
+                is_over.wait(30)
+            return super().step(step)
+
+    engine = make_engine(path, decoder=HungDecoder(), drive="threaded", iteration_timeout_s=0.3)
+    executor = make_executor(engine)
+    executor.submit(plain("a"), Collector())
+    with pytest.raises(EngineError, match=r"no iteration of the engine has ended for 0.3 s"):
+        while True:
+            executor.run_once()
+    is_over.set()
+    executor.shutdown()
+
+
+@pytest.mark.parametrize("tau", [5.0, 7.0, 20.0])
+@pytest.mark.parametrize("lease_tokens", [2, 8])
+def test_no_ready_leaf_starves_under_taper(path, tau, lease_tokens):
+    """Rule 6 on lease engines: a place for each in turn, and what it takes to change it."""
+    engine = make_engine(path, lease_tokens=lease_tokens, min_lease_steps=2)
+    executor = make_executor(engine, "taper")
+    delay = engine.capabilities.actuation_delay_steps
+    waited: dict[tuple[str, str], tuple[int, int]] = {}  # tokens of a leaf, steps since the last
+    most_ready: dict[str, int] = {}
+    longest = 0
+    for request in busy_requests():
+        slo = SloTarget(ttft_ms=500, tpot_ms=tau)
+        executor.submit(request.model_copy(update={"slo": slo}), Collector())
+    while executor.num_open_requests:
+        executor.run_once()
+        ready: dict[tuple[str, str], tuple[int, int]] = {}
+        for live in executor._running:
+            name = live.request.request_id
+            most_ready[name] = max(most_ready.get(name, 0), len(live.ready_rows))
+            rows = executor._sequences.rows(live.ready_rows)
+            for leaf, num in zip(live.ready_paths, rows["num_generated"].tolist(), strict=True):
+                before, steps = waited.get((name, leaf), (num, 0))
+                ready[name, leaf] = (num, steps + 1 if num == before else 0)
+                assert steps <= most_ready[name] * (lease_tokens + delay + 2), "a leaf starves"
+                longest = max(longest, steps)
+        waited = ready
+    assert longest > 2 * lease_tokens or tau == 20.0, "nobody had to wait"
+
+
+def test_branches_that_are_alike_draw_with_seeds_of_their_own(path):
+    """The sampler starts anew with every place, and must not repeat itself."""
+    request = ForkJoinRequest(
+        request_id="warm",
+        input_ids=(1, 2, 3),
+        stages=(ParallelStage(branches=(Branch(max_tokens=12),) * 3),),
+        sampling=SamplingParams(temperature=10.0, seed=5),
+    )
+    texts = []
+    for _ in range(2):
+        engine = make_engine(path, decoder="torch", lease_tokens=4)
+        executor = make_executor(engine, "irp-eager")
+        collector = Collector()
+        executor.submit(request, collector)
+        run_to_end(executor, engine)
+        texts.append(collector.tokens("warm"))
+    assert texts[0] == texts[1]
+    first, second, third = texts[0].values()
+    assert len({tuple(first), tuple(second), tuple(third)}) == 3
+    assert first[:4] != first[4:8], "a place has repeated the one before"
+
+
+# ------------------------------------------------------------------ construction
+
+
+def broken(path: Path, **changes: Any) -> Path:
+    """An engine directory with changes to `config.json`: dotted names."""
+    make_engine(path)
+    config = json.loads((path / "config.json").read_text())
+    for name, value in changes.items():
+        *parents, last = name.split("__")
+        functools.reduce(dict.__getitem__, parents, config)[last] = value
+    (path / "config.json").write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": "1.3.0"}, "engine.engine_dir: .* was built with TensorRT-LLM 1.3.0"),
+        (
+            {"build_config__plugin_config__use_paged_context_fmha": False},
+            "engine.engine_dir: .*--use_paged_context_fmha enable",
+        ),
+        (
+            {"pretrained_config__mapping__world_size": 2},
+            r"engine.engine_dir: .*rank1.engine is missing \(2 ranks\)",
+        ),
+        ({"build_config__max_beam_width": 4}, "engine.engine_dir: .*max_beam_width must be 1"),
+        ({"build_config__max_seq_len": "?"}, "engine.engine_dir: .*config.json is not an engine's"),
+    ],
+)
+def test_an_engine_that_cannot_be_served_is_refused(tmp_path, changes, message):
+    config = TrtllmEngineConfig(kind="trtllm", engine_dir=broken(tmp_path, **changes))
+    with pytest.raises(ConfigError, match=message):
+        TrtllmEngine(config)
+
+
+def test_missing_pieces_and_wrong_settings_are_named(path, tmp_path):
+    make_engine(path)
+    engine = {"kind": "trtllm", "engine_dir": str(path)}
+    with pytest.raises(ConfigError, match=r"engine.bindings: cannot import no_such_module"):
+        create_engine(parse_config({"engine": {**engine, "bindings": "no_such_module"}}).engine)
+    with pytest.raises(ConfigError, match=r"engine.engine_dir: cannot read .*config.json"):
+        create_engine(parse_config({"engine": {**engine, "engine_dir": str(tmp_path)}}).engine)
+    with pytest.raises(ConfigError, match=r"engine.*mode: Input should be 'lease', 'slice' or"):
+        parse_config({"engine": {**engine, "mode": "fast"}})
+    with pytest.raises(ConfigError, match=r"engine.*worker_executable is required"):
+        parse_config({"engine": {**engine, "communication_mode": "orchestrator"}})
+    (path / "rank0.engine").write_text("{}{")
+    config = {**engine, "bindings": "perf.trtllm_fake.bindings"}
+    with pytest.raises(ConfigError, match=r"engine.engine_dir: TensorRT-LLM cannot run"):
+        create_engine(parse_config({"engine": config}).engine)

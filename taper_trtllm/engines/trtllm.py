@@ -8,9 +8,9 @@ fetched right after the responses of step k are published, so whoever reacts to 
 k + 2, and a cancel seen during k + 1 still lets that step run, whose token is lost.
 
 The ledger of blocks (`PagedSequences`) is this engine's own: it counts what the branches that it
-keeps occupy, parked ones included, and what their places may still take. TensorRT-LLM keeps at
-least that much as long as its pool is no smaller; if it drops a parked block all the same, the
-place computes it again, and `losses` counts it.
+keeps occupy, parked ones included, and what their places may still take. TensorRT-LLM has room for
+as much, but no account of who comes back: the blocks of what has ended stay findable too, and the
+oldest go first. If it drops a parked block, the place computes it again, and `losses` counts it.
 
 Nothing here has been run on TensorRT-LLM itself: names are those of the recorded contract, and
 behaviour is tested on `perf.trtllm_fake`.
@@ -87,7 +87,8 @@ class Losses:
         num_lost_tokens: Tokens drawn and lost by that.
         num_prefix_steps: Requests that only computed a prefix.
         num_idle_steps: Steps from the plan that gave a place to its first token, beyond the first.
-        num_recomputed_tokens: Prompt tokens whose KV was gone though the ledger has it.
+        num_recomputed_tokens: Prompt tokens, in whole blocks, whose KV was gone though the ledger
+            has it.
     """
 
     num_tokens: int = 0
@@ -370,7 +371,8 @@ class TrtllmEngine(PagedSequences):
             raise
         self._places[request_id] = place
         self._place_of[sequence_id] = request_id
-        self._auditor.begin(request_id, place.prompt_length)
+        num_known_blocks = place.num_known_tokens // self.capabilities.tokens_per_block
+        self._auditor.begin(request_id, place.prompt_length, num_known_blocks)
         self._num_given[sequence_id] = num_before + 1
         self.losses.num_places += 1
         self.losses.num_reentries += num_before > 0
@@ -470,6 +472,8 @@ class TrtllmEngine(PagedSequences):
 
     def _result(self, outcome: _Outcome, news: News) -> StepResult:
         audits = self._auditor.audit(news)
+        num_missed = self._auditor.num_missed_blocks
+        self.losses.num_recomputed_tokens = num_missed * self.capabilities.tokens_per_block
         return StepResult(
             iteration=self._step,
             completed_at_s=self.now_s(),

@@ -32,24 +32,33 @@ class _Launched:
 
 
 class Auditor:
-    """Joins the two kinds of statistics to audits of iterations."""
+    """Joins the two kinds of statistics to audits of iterations.
+
+    Attributes:
+        num_missed_blocks: Prompt blocks that were thought to have KV and were not found.
+    """
 
     def __init__(self) -> None:
+        self.num_missed_blocks = 0
         self._prompt_lengths: dict[int, int] = {}  # of requests that statistics may name
+        self._num_known_blocks: dict[int, int] = {}  # of those that have not run
         self._ended: deque[int] = deque()
         self._iterations: deque[Any] = deque()
         self._requests: deque[Any] = deque()
         self._launched: _Launched | None = None
 
-    def begin(self, request_id: int, prompt_length: int) -> None:
-        """A request is going to be named."""
+    def begin(self, request_id: int, prompt_length: int, num_known_blocks: int) -> None:
+        """A request is going to be named, so many full blocks of whose prompt should be found."""
         self._prompt_lengths[request_id] = prompt_length
+        self._num_known_blocks[request_id] = num_known_blocks
 
     def end(self, request_id: int) -> None:
         """It ended; entries about its last steps may still come."""
         self._ended.append(request_id)
         if len(self._ended) > _MAX_ENDED:
-            self._prompt_lengths.pop(self._ended.popleft(), None)
+            forgotten = self._ended.popleft()
+            self._prompt_lengths.pop(forgotten, None)
+            self._num_known_blocks.pop(forgotten, None)
 
     def audit(self, news: News) -> tuple[IterationAudit, ...]:
         """The iterations whose latency became known."""
@@ -90,6 +99,10 @@ class Auditor:
         scheduled = [request for request in requests if request.scheduled]
         if not scheduled:
             return None
+        for request in scheduled:  # what is reused is found with the first chunk
+            num_known = self._num_known_blocks.pop(int(request.id), 0)
+            num_found = int(request.reused_blocks_per_request)
+            self.num_missed_blocks += max(0, num_known - num_found)
         contexts = [
             self._prompt_lengths.get(int(request.id), 0) + int(request.num_generated_tokens)
             for request in scheduled
