@@ -137,7 +137,8 @@ class SchedulerConfig(_Model):
             all others; ``fcfs`` keeps the order of arrival.
         request_admission: ``tpot`` starts a waiting request only while steps of one sequence per
             request, with the prefill that comes with them, keep the TPOT objectives of those that
-            can still meet theirs; ``slots`` as long as slots and memory last.
+            can still meet theirs, by (1 - m) tau or by a lead that pays for longer ones to the end;
+            ``slots`` as long as slots and memory last.
         rho: Share of the slack above T0 that a step may spend. Steps settle at tau whatever it is;
             below 1, requests keep a lead for slow steps that nobody foresaw.
         kappa: Step budget limit, in smallest tau.

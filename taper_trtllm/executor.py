@@ -336,6 +336,7 @@ class TaperExecutor:
             tracker=SlackTracker(slo, submission.arrival_s, self._scheduler.margin),
             on_output=submission.on_output,
             arrival_s=submission.arrival_s,
+            max_width=self._policy.max_width,
         )
 
     def _footprint_blocks(self, request: ForkJoinRequest) -> int:

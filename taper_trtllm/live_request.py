@@ -47,6 +47,9 @@ class PrefillNeed:
 class LiveRequest:
     """One started request.
 
+    Args:
+        max_width: Leaves that may be started at a time (`AdmissionPolicy.max_width`).
+
     Attributes:
         request: What the client asked for.
         family: The engine's family id; also the arrival order.
@@ -67,6 +70,7 @@ class LiveRequest:
         tracker: SlackTracker,
         on_output: OutputCallback,
         arrival_s: float,
+        max_width: int | None = None,
     ) -> None:
         self.request = request
         self.family = family
@@ -80,7 +84,9 @@ class LiveRequest:
         self.prefill_needs: tuple[PrefillNeed, ...] = ()
         self.stage_width = 0
         self.protected: LiveSequence | None = None
-        self._max_live_leaves = max_live_leaves(request.program)
+        self._max_width = max_width
+        most_leaves = max_live_leaves(request.program)
+        self._most_abreast = most_leaves if max_width is None else min(most_leaves, max_width)
         self._num_prompt_tokens = 0
         self._sequences: dict[BranchNode, LiveSequence] = {}
         self._unforked: list[BranchNode] = []  # waiting branches whose children were dropped
@@ -160,12 +166,11 @@ class LiveRequest:
         digest = hashlib.blake2b(seed, digest_size=8).digest()
         return SequenceParams(self.request.sampling, int.from_bytes(digest, "little") >> 1)
 
-    def survey(self, sequences: SequenceTable, max_width: int | None) -> None:
+    def survey(self, sequences: SequenceTable) -> None:
         """Lists anew which leaves are ready and what must be prefilled; due after every change.
 
         Args:
             sequences: The table, refreshed.
-            max_width: Leaves that may be prefilled or forked at a time; None for all of them.
         """
         decoding = [
             sequence
@@ -178,11 +183,11 @@ class LiveRequest:
         is_ready = columns["num_tokens"] - columns["num_computed"] == 1
         self.ready_rows = rows[is_ready]
         self.ready_paths = tuple(compress((s.node.path for s in decoding), is_ready.tolist()))
-        self.prefill_needs = tuple(self._needs(sequences, max_width))
+        self.prefill_needs = tuple(self._needs(sequences))
 
-    def _needs(self, sequences: SequenceTable, max_width: int | None) -> Iterator[PrefillNeed]:
+    def _needs(self, sequences: SequenceTable) -> Iterator[PrefillNeed]:
         seen: set[BranchNode] = set()
-        for leaf in self.state.leaves[:max_width]:
+        for leaf in self.state.leaves[: self._max_width]:
             node = leaf
             while node not in self._sequences:  # dropped: its parent must be forked again first
                 assert node.parent is not None
@@ -319,12 +324,12 @@ class LiveRequest:
         """Tokens that one of its sequences reads: the context of the deepest leaf."""
         return max(leaf.num_context_tokens for leaf in self.state.leaves)
 
-    def is_savable(self, now_s: float, baseline_ms: float) -> bool:
-        """Whether its objective can still be met with steps of T0 and branches all abreast."""
+    def is_savable(self, now_s: float, step_ms: float) -> bool:
+        """Whether its objective can still be met with such steps, as many abreast as may be."""
         num_tokens = self.state.num_remaining_tokens
         num_serial = self.state.num_remaining_serial_tokens
-        num_steps = num_serial - (num_serial - num_tokens) // self._max_live_leaves
-        return self.tracker.is_savable(now_s, baseline_ms / 1e3, num_tokens, num_steps, num_serial)
+        num_steps = num_serial - (num_serial - num_tokens) // self._most_abreast
+        return self.tracker.is_savable(now_s, step_ms / 1e3, num_tokens, num_steps, num_serial)
 
     def count_decode_step(self, num_ready: int, num_advanced: int) -> None:
         """One step in which the request was in decode."""

@@ -157,7 +157,7 @@ class StepPlanner:
         sequences.refresh()
         for request in running:
             if request.family in sequences.changed:
-                request.survey(sequences, self._policy.max_width)
+                request.survey(sequences)
         sequences.changed.clear()
         counts = _column([len(request.ready_rows) for request in running])
         indices = np.flatnonzero(counts)

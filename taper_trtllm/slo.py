@@ -89,20 +89,23 @@ class SlackTracker:
     ) -> bool:
         """Whether the objective can still be met if every further step took `step_s`.
 
+        Before the first token, the clocks are taken to start with it and the whole program to be
+        ahead.
+
         Args:
             now_s: Now.
-            step_s: Latency of the fastest steps that can be hoped for (T0).
+            step_s: Latency of the steps to come.
             num_remaining_tokens: Tokens the request may still decode, all branches together.
-            num_remaining_steps: Steps they take at its present width.
+            num_remaining_steps: Steps they take.
             num_remaining_serial_tokens: Those of them that are in serial stages.
         """
-        first_s = self.first_token_s
-        if first_s is None:
-            return now_s - self._arrival_s <= self._ttft_slo_s and step_s <= self._tau_s
+        has_begun = self.first_token_s is not None
+        first_s = now_s if self.first_token_s is None else self.first_token_s
         if first_s - self._arrival_s > self._ttft_slo_s:
             return False
         all_tokens = self.num_tokens + num_remaining_tokens - 1
-        if now_s - first_s + num_remaining_steps * step_s > all_tokens * self._tau_s:
+        num_steps = num_remaining_steps if has_begun else num_remaining_steps - 1
+        if now_s - first_s + num_steps * step_s > all_tokens * self._tau_s:
             return False
         spent_s = self._serial_s
         intervals = self._serial_intervals + num_remaining_serial_tokens

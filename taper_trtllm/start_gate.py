@@ -1,4 +1,4 @@
-"""When a waiting request starts: while those that run, and it, can keep their TPOT objectives."""
+"""When a waiting request starts: while no request that can keep its TPOT objective loses it."""
 
 from __future__ import annotations
 
@@ -42,10 +42,13 @@ class StartGate:
     def has_time(
         self, running: Sequence[LiveRequest], request: LiveRequest, now_s: float, baseline_ms: float
     ) -> bool:
-        """Whether one sequence of every request, this one included, still keeps the objectives.
+        """Whether those who can meet their objectives still can after this start.
 
-        Those that cannot meet theirs anyway do not count. A request that had begun to answer and
-        comes back, and the first of an idle server, always start.
+        They can while a step of one sequence per request, with what else steps take, lasts no
+        longer than (1 - m) tau. Longer ones are started into only if this request and those at risk
+        can afford them to their ends, m again in hand: they are ahead, or have branches enough to
+        get ahead. Who cannot meet the objective anyway does not count. A request that had begun to
+        answer and comes back, and the first of an idle server, always start.
 
         Args:
             running: Requests that have started.
@@ -59,11 +62,14 @@ class StartGate:
         step_ms = self._mean_surplus_ms + self._predictor.predict_step_ms(
             len(requests), sum(r.num_context_tokens for r in requests)
         )
-        return not any(
-            step_ms > self._step_share * max(r.tracker.slo.tpot_ms, self._tpot_slo_ms)
-            and r.is_savable(now_s, baseline_ms)
+        pace_ms = step_ms / self._step_share
+        at_risk = [
+            r
             for r in requests
-        )
+            if pace_ms > max(r.tracker.slo.tpot_ms, self._tpot_slo_ms)
+            and r.is_savable(now_s, baseline_ms)
+        ]
+        return not at_risk or all(r.is_savable(now_s, pace_ms) for r in [request, *at_risk])
 
     def observe(self, width: int, context_tokens: int, has_prefill: bool, step_ms: float) -> None:
         """Follows what steps take beyond decode, in the mean.

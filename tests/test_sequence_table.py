@@ -83,7 +83,7 @@ def test_nothing_remembered_is_stale(drawn, policy, spare, fraction, prefill, ev
         check_rows(table, running, engine)
         for request in running:
             remembered = findings(request)
-            request.survey(table, planner._policy.max_width)
+            request.survey(table)
             assert findings(request) == remembered
         leaves = [row for request in running for row in request.ready_rows.tolist()]
         assert ready.rows.tolist() == leaves

@@ -65,6 +65,17 @@ def test_a_request_is_lost_when_even_the_fastest_steps_cannot_save_it():
     assert not late.is_savable(11.2, 0.0, 10, 10, 10)
 
 
+def test_before_the_first_token_the_whole_program_is_ahead():
+    tracker = make_tracker()
+    assert tracker.is_savable(10.5, 0.3, 80, 10, 0)  # eight abreast: 9 steps, 7.9 s
+    assert not tracker.is_savable(10.5, 0.9, 80, 10, 0)
+    assert tracker.is_savable(10.5, 0.1, 80, 80, 0)  # one after another
+    assert not tracker.is_savable(10.5, 0.11, 80, 80, 0)
+    assert not tracker.is_savable(10.5, 0.3, 80, 10, 1)  # a serial token pays for itself
+    assert tracker.is_savable(10.5, 0.3, 1, 1, 0)  # one token: TPOT is vacuous
+    assert not tracker.is_savable(11.1, 0.01, 80, 10, 0)  # TTFT is missed
+
+
 def test_verdict_by_each_condition():
     good = make_tracker()
     for i in range(4):

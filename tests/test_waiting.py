@@ -81,6 +81,46 @@ def test_an_objective_tighter_than_the_servers_holds_nobody_up(tpot_ms, num_bran
     assert all(executor.is_running(i) for i in ("other", "tight too", "last"))
 
 
+def tree(request_id: str) -> ForkJoinRequest:
+    """Eight branches and no serial stage: 160 tokens in as few as 20 steps."""
+    branches = tuple(Branch(header_ids=(i,), max_tokens=20) for i in range(8))
+    return ForkJoinRequest(
+        request_id=request_id, input_ids=(1, 2), stages=(ParallelStage(branches=branches),)
+    )
+
+
+def is_started_beside(
+    running: ForkJoinRequest, request: ForkJoinRequest, num_steps: int, **scheduler
+) -> bool:
+    """A step of one sequence takes 3.3 ms, of two 3.6 ms; an objective of 3.7 ms allows 3.33."""
+    executor = make_executor(ToyEngine(), SloTarget(ttft_ms=1e6, tpot_ms=3.7), **scheduler)
+    executor.submit(running)
+    for _ in range(num_steps):
+        executor.run_once()
+    executor.submit(request)
+    executor.run_once()
+    assert executor.is_running(running.request_id)
+    return bool(executor.is_running(request.request_id))
+
+
+def test_requests_that_can_afford_longer_steps_hold_no_start_up():
+    assert is_started_beside(tree("running"), tree("next"), num_steps=5)
+    assert is_started_beside(tree("running"), tree("next"), 5, policy="step-ceiling:0.9")
+
+
+def test_branches_that_run_one_after_another_cannot_afford_longer_steps():
+    assert not is_started_beside(tree("running"), tree("next"), 5, policy="irp-off")
+
+
+def test_a_start_waits_that_would_cost_a_request_its_objective():
+    assert not is_started_beside(plain("running", 50), tree("next"), num_steps=5)
+    assert is_started_beside(plain("running", 50), tree("next"), num_steps=40)  # far ahead by then
+
+
+def test_a_request_waits_for_steps_that_keep_its_own_objective():
+    assert not is_started_beside(tree("running"), plain("next", 50), num_steps=5)
+
+
 def test_who_arrives_at_an_idle_server_starts_whatever_was_learned_before():
     engine = ToyEngine()
     executor = make_executor(engine, SloTarget(ttft_ms=1e6, tpot_ms=4))
