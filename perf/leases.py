@@ -256,8 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         task = progress.add_task("", total=len(runs))
         futures = {
-            pool.submit(measure, run, arguments.warmup_s, arguments.duration_s): run
-            for run in runs
+            pool.submit(measure, run, arguments.warmup_s, arguments.duration_s): run for run in runs
         }
         for future in as_completed(futures):
             run = futures[future]

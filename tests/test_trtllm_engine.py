@@ -20,6 +20,7 @@ from programs import expected_outputs, requests
 from test_executor import SPECS, Collector, alone, fan_out, named, plain, run_to_end
 from toy_engine import next_token, step_ms, toy_profile
 
+from engine_build.calibrate import Calibrator, Grid
 from perf.trtllm_fake.active_request import Submission
 from perf.trtllm_fake.decoders import Step, StepOutput
 from perf.trtllm_fake.engine_dir import (
@@ -30,6 +31,7 @@ from perf.trtllm_fake.engine_dir import (
     pretrained_config,
     write_engine_dir,
 )
+from perf.virtual_trtllm import Leases, VirtualTrtllmEngine
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.config import (
     ConfigError,
@@ -48,12 +50,14 @@ from taper_trtllm.engines.base import (
     StepPlan,
     StepResult,
 )
+from taper_trtllm.engines.simulated import SimulatedConfig, StepTimes
 from taper_trtllm.engines.torch_engine import TorchEngine
 from taper_trtllm.engines.trtllm import Place, TrtllmEngine
 from taper_trtllm.engines.trtllm_session import News
 from taper_trtllm.executor import ExecutorThread, TaperExecutor
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.output import RequestOutput
+from taper_trtllm.profile import load_profile
 from taper_trtllm.request import (
     Branch,
     ForkJoinRequest,
@@ -66,6 +70,7 @@ from taper_trtllm.request import (
 from taper_trtllm.request_gate import ExecutorClosedError
 
 BLOCK = 4
+PROFILES = Path(__file__).parents[1] / "perf" / "profiles"
 TINY = RandomModelConfig(
     hidden_size=64, num_hidden_layers=2, head_dim=16, intermediate_size=96, vocab_size=97, seed=3
 )
@@ -691,3 +696,37 @@ def test_missing_pieces_and_wrong_settings_are_named(path, tmp_path):
     config = {**engine, "bindings": "perf.trtllm_fake.bindings"}
     with pytest.raises(ConfigError, match=r"engine.engine_dir: TensorRT-LLM cannot run"):
         create_engine(parse_config({"engine": config}).engine)
+
+
+# ------------------------------------------------------------------ calibration
+
+
+def test_calibration_finds_the_truth():
+    truth = load_profile(PROFILES / "h200_fp8_tp1.json")
+    engine = VirtualTrtllmEngine(truth, SimulatedConfig(num_kv_blocks=4096), Leases())
+    grid = Grid((1, 4, 16, 64), (64, 512), (16, 128), (0, 512), repetitions=2, num_checks=4)
+    calibrator = Calibrator(engine, grid)
+    profile, report = calibrator.measure({})
+    engine.check_integrity()
+    assert engine.num_free_blocks == 4096
+    assert {(p.width, p.num_chunks, p.num_tokens) for p in profile.prefill} == {
+        (width, chunks, tokens)
+        for width in (1, 8)
+        for chunks, tokens in ((1, 16), (4, 64), (1, 128))
+    }
+    assert {p.width for p in profile.decode} == {1, 4, 16, 64}
+    times = StepTimes(truth, 64)
+    for point in profile.decode:
+        assert point.step_ms == pytest.approx(
+            times.decode_ms(point.width, point.context_tokens), rel=0.02
+        )
+    for point in profile.prefill:
+        decode_ms = times.decode_ms(point.width, point.context_tokens)
+        prefill_ms = times.prefill_ms(point.width, point.load)
+        assert point.step_ms == pytest.approx(decode_ms + prefill_ms, rel=0.02)
+    assert report.mape < 0.05
+
+
+def test_lockstep_tells_no_step_times(path):
+    with pytest.raises(ConfigError, match="does not tell how long single steps take"):
+        Calibrator(make_engine(path, mode="lockstep"), Grid((1, 4), (16, 64))).measure({})
