@@ -527,6 +527,25 @@ def test_what_was_evicted_and_computed_again_is_counted(path):
     assert recomputed[0] == 0 and recomputed[1] > 100
 
 
+def test_a_preempted_branch_has_lost_its_place(path):
+    """Its tokens are to be computed anew, within what the plan has memory for."""
+    engine = make_engine(path)
+    executor = make_executor(engine, "irp-eager")
+    executor.submit(plain("a", 20), Collector())
+    for _ in range(4):
+        executor.run_once()
+    (sequence,) = executor._running[0].sequences()
+    assert executor._sequences.holding == {sequence.sequence_id}
+    executor._sequences.preempt(sequence)
+    assert not executor._sequences.holding and not engine._places
+    planned = executor._planner.plan(executor._running, engine.now_s())
+    (chunk,) = planned.plan.prefill
+    assert chunk.num_tokens == engine.num_tokens(sequence.sequence_id)
+    assert chunk.max_new_tokens == sequence.node.num_stage_tokens_left
+    run_to_end(executor, engine)
+    engine.assert_idle()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_prompt_that_tensorrt_llm_refuses_fails_alone(path, mode):
     """Whether it refuses when it is asked, or answers with an error."""
@@ -592,6 +611,35 @@ def test_an_iteration_that_does_not_end_is_an_engine_error(path):
             executor.run_once()
     is_over.set()
     executor.shutdown()
+
+
+def test_a_shutdown_does_not_wait_for_long_leases(path):
+    engine = make_engine(path)
+    executor = make_executor(engine)
+    collector = Collector()
+    executor.submit(plain("long", 2000), collector)
+    for _ in range(5):
+        executor.run_once()
+    executor.shutdown()
+    assert "shutting down" in collector.last("long").error
+    assert engine.runtime.num_active == 0 and engine.runtime.num_iterations < 12
+
+
+def test_in_real_time_with_a_loop_of_its_own(path):
+    engine = make_engine(path, drive="threaded", lease_tokens=4, iteration_timeout_s=30)
+    executor = make_executor(engine)
+    thread = ExecutorThread(executor)
+    thread.start()
+    batch = [fan_out(f"f{i}", 5) for i in range(3)] + [plain(f"p{i}", 12) for i in range(3)]
+    handles = [executor.submit(request) for request in batch]
+    for request, handle in zip(batch, handles, strict=True):
+        collector = Collector()
+        for output in handle:
+            collector(output)
+        assert collector.last(request.request_id).finish_reason == "completed"
+        assert collector.tokens(request.request_id) == alone(request)
+    thread.stop()
+    assert len(engine.audits) > 10
 
 
 @pytest.mark.parametrize("tau", [5.0, 7.0, 20.0])

@@ -485,7 +485,10 @@ class TrtllmEngine(PagedSequences):
         assert with_room <= set(self._place_of), "room without a place"
 
     def shutdown(self) -> None:
-        """See `Engine`."""
+        """See `Engine`. Open places are taken back: TensorRT-LLM would run them to their end."""
+        if self._session.takes_requests:
+            for request_id in self._places:
+                self._session.cancel(request_id)
         self._session.shutdown()
 
 
