@@ -128,6 +128,7 @@ class WatchedEngine(TrtllmEngine):
 
     def __init__(self, config: TrtllmEngineConfig, num_missing_blocks: int = 0) -> None:
         self.num_missing_blocks = num_missing_blocks
+        self.num_in_vain = 0
         self.plans: list[Planned] = []
         self.owner: dict[int, int] = {}  # sequences by request id
         self.audits: list[IterationAudit] = []
@@ -146,10 +147,12 @@ class WatchedEngine(TrtllmEngine):
         self.audits.extend(result.audits or ())
         self.check_integrity()
         self.runtime.check_integrity()
+        self.num_in_vain = 0 if result.decoded or result.prefilled else self.num_in_vain + 1
+        assert self.num_in_vain < 100, "the runtime schedules nothing"
         return result
 
-    def _give(self, place: Place, plan: StepPlan) -> None:
-        super()._give(place, plan)
+    def _give(self, place: Place) -> None:
+        super()._give(place)
         self.owner[self._place_of[place.sequence_id]] = place.sequence_id
 
     def launched(self) -> list[set[int]]:

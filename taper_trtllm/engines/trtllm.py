@@ -161,7 +161,7 @@ class TrtllmEngine(PagedSequences):
         if not self._session.takes_requests:
             self._session.shutdown()
             raise SystemExit(0)
-        self._session.ask(PlaceRequest(_WARM_UP_IDS, 1, SamplingParams(), 0, 0, False, 0, None))
+        self._session.ask(PlaceRequest(_WARM_UP_IDS, 1, SamplingParams(), 0, 0, 0, None))
         deadline_s = time.monotonic() + self._config.iteration_timeout_s
         num_blocks: int | None = None
         is_done = False
@@ -292,7 +292,7 @@ class TrtllmEngine(PagedSequences):
             if num_starting >= max(1, room) and not self._is_lockstep:
                 return
             try:
-                self._give(wanted, plan)
+                self._give(wanted)
             except OutOfBlocksError:
                 continue  # the room of a place that ends has not come back yet
             except ValueError as error:
@@ -333,7 +333,7 @@ class TrtllmEngine(PagedSequences):
             is_prefill=False,
         )
 
-    def _give(self, place: Place, plan: StepPlan) -> None:
+    def _give(self, place: Place) -> None:
         """Asks for one place.
 
         Raises:
@@ -353,7 +353,6 @@ class TrtllmEngine(PagedSequences):
                     sequence.params.sampling,
                     seed=_seed(sequence.params.seed, num_before),
                     num_prefix_tokens=self._num_shared[sequence_id],
-                    is_protected=sequence_id in plan.decode[: plan.num_protected],
                     client_id=_client_id(sequence.table.family, sequence_id, num_before),
                     cache_salt_id=sequence.params.cache_salt_id,
                 )
