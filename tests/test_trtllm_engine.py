@@ -530,6 +530,26 @@ def test_what_was_evicted_and_computed_again_is_counted(path):
     assert recomputed[0] == 0 and recomputed[1] > 100
 
 
+def test_a_protected_place_does_not_block_one_amid_its_prompt(path):
+    """The runtime reserves the whole prompt of a request that starts, shared or not."""
+    engine = make_engine(path, num_kv_blocks=24, max_num_tokens=8)
+    params = SequenceParams(SamplingParams(), seed=0)
+    engine.add_sequence(0, 0, range(40), params)
+    prompt = StepPlan(prefill=(PrefillChunk(0, 40, sample=False),))
+    while engine.num_computed_tokens(0) < 40:
+        engine.step(prompt)
+    engine.fork_sequence(0, 1, 40, [1] * 30, params)
+    engine.fork_sequence(0, 2, 40, [2], params)
+    header = (PrefillChunk(1, 30, sample=True),)
+    engine.step(StepPlan(prefill=header))
+    plan = StepPlan(decode=(2,), max_new_tokens=(8,), prefill=header, num_protected=1)
+    result = engine.step(plan)
+    assert result.holding == {1, 2}
+    while result.holding:
+        result = engine.step(StepPlan(tuple(result.holding), (1,) * len(result.holding)))
+    assert (engine.num_tokens(1), engine.num_tokens(2)) == (71, 49)
+
+
 def test_a_preempted_branch_has_lost_its_place(path):
     """Its tokens are to be computed anew, within what the plan has memory for."""
     engine = make_engine(path)
