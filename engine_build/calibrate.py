@@ -19,15 +19,14 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from engine_build.step_meter import StepMeter, make_meter, params
 from taper_trtllm import __version__
 from taper_trtllm.config import ConfigError, ServingConfig, load_config
 from taper_trtllm.engines import create_engine
-from taper_trtllm.engines.base import Engine, PrefillChunk, SequenceParams, StepPlan
+from taper_trtllm.engines.base import Engine, IterationAudit, PrefillChunk
 from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
-from taper_trtllm.request import SamplingParams
 
-_PREFILL_CHUNK = 512
 _PREFILL_WIDTH = 8  # sequences that decode beside a measured prefill
 _PREFILL_BESIDE_CONTEXT = 128
 _MAX_CHUNKS = 4
@@ -93,12 +92,17 @@ class Calibrator:
     advance: Callable[[], None] = lambda: None
     _ids: Iterator[int] = field(default_factory=itertools.count)
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    _meter: StepMeter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._meter = make_meter(self.engine, self._ids)
 
     def measure(self, provenance: dict[str, str]) -> tuple[LatencyProfile, FitReport]:
         """Runs the whole grid.
 
         Raises:
-            ConfigError: The engine is too small for it.
+            ConfigError: The engine is too small for it, or does not tell its step times.
+            EngineError: A step failed.
         """
         self._check_size()
         decode = tuple(self._measure_decode())
@@ -121,7 +125,8 @@ class Calibrator:
         capabilities = self.engine.capabilities
         longest = max(self.grid.prefill_contexts) + max(self.grid.prefill_tokens)
         num_steps = (self.grid.repetitions + 1) * len(self._prefill_cases())
-        num_tokens = 2 * longest + _PREFILL_WIDTH * (_PREFILL_BESIDE_CONTEXT + num_steps)
+        num_beside = _PREFILL_BESIDE_CONTEXT + self._meter.num_tokens_of(num_steps)
+        num_tokens = 2 * longest + _PREFILL_WIDTH * num_beside
         num_tails = _PREFILL_WIDTH + _MAX_CHUNKS + 2
         for name, has, needed in (
             ("max_seq_len", capabilities.max_seq_len, longest + 2),
@@ -148,7 +153,7 @@ class Calibrator:
         fitting = {}
         for context in self.grid.contexts:
             most = min(capabilities.max_batch_size, self._most_sequences(context))
-            if context + self._num_steps_per_level() < capabilities.max_seq_len:
+            if context + self._num_tokens_per_level() < capabilities.max_seq_len:
                 fitting[context] = [w for w in self.grid.widths if w <= most]
         count = Counter(width for widths in fitting.values() for width in widths)
         levels = [(c, [w for w in widths if count[w] >= 2]) for c, widths in fitting.items()]
@@ -156,11 +161,12 @@ class Calibrator:
 
     def _most_sequences(self, context: int) -> int:
         capabilities = self.engine.capabilities
-        tokens = context + self._num_steps_per_level()
+        tokens = context + self._num_tokens_per_level()
         return capabilities.num_kv_blocks // -(-tokens // capabilities.tokens_per_block)
 
-    def _num_steps_per_level(self) -> int:
-        return len(self.grid.widths) * (self.grid.repetitions + 1) + 1
+    def _num_tokens_per_level(self) -> int:
+        num_decodes = len(self.grid.widths) * (self.grid.repetitions + 1) + 1
+        return self._meter.num_tokens_of(num_decodes)
 
     def _measure_decode(self) -> Iterator[DecodePoint]:
         for context, widths in self._levels():
@@ -170,10 +176,10 @@ class Calibrator:
                 for width in self._rng.permutation(widths):
                     # A random subset, so that sequences stay about equally long.
                     chosen = self._rng.permutation(sequences)[:width]
-                    total = sum(self.engine.num_tokens(int(s)) for s in chosen)
-                    step_ms = self._decode(chosen)
+                    step = self._decode(chosen)
                     if repetition:  # the first one warms up
-                        samples[int(width)].append((step_ms, total / width))
+                        mean_context = step.num_context_tokens / width
+                        samples[int(width)].append((step.step_ms, mean_context))
                 if repetition:
                     self.advance()
             for width in widths:
@@ -183,34 +189,36 @@ class Calibrator:
                 )
             self._release(sequences)
 
-    def _decode(self, sequences: Sequence[int]) -> float:
-        ids = tuple(int(s) for s in sequences)
-        return self.engine.step(StepPlan(decode=ids, max_new_tokens=(1,) * len(ids))).step_ms
+    def _decode(self, sequences: Sequence[int]) -> IterationAudit:
+        return self._meter.decode([int(s) for s in sequences])
 
     # ---- prefill
 
     def _measure_prefill(self) -> Iterator[PrefillPoint]:
         width = _PREFILL_WIDTH
         decoding = self._make_sequences([_PREFILL_BESIDE_CONTEXT] * width)
-        base = self._make_sequences([max(self.grid.prefill_contexts) + 1])[0]
-        cases = itertools.product((0, width), self._prefill_cases())
+        cases = itertools.product((self._meter.least_width, width), self._prefill_cases())
         for beside, (context, num_tokens, num_chunks) in cases:
-            samples = []
+            base = self._make_sequences([context] if context else [], draw=False)
+            steps = []
             for repetition in range(self.grid.repetitions + 1):
-                step_ms = self._prefill(decoding[:beside], base, context, num_tokens, num_chunks)
+                chunks = self._make_chunks(base, context, num_tokens, num_chunks)
+                step = self._meter.prefill(decoding[:beside], chunks)
+                self._release([chunk.sequence_id for chunk in chunks])
                 if repetition:
-                    samples.append(step_ms)
+                    steps.append(step)
                     self.advance()
-            tokens = num_chunks * num_tokens
+            self._release(base)
+            load = steps[-1].prefill
             yield PrefillPoint(
                 width=beside,
-                context_tokens=self._mean_context(decoding[:beside]),
-                num_chunks=num_chunks,
-                num_tokens=tokens,
-                token_context=tokens * (context + num_tokens / 2),
-                step_ms=float(np.median(samples)),
+                context_tokens=round(steps[-1].num_context_tokens / max(1, beside)),
+                num_chunks=load.num_chunks,
+                num_tokens=load.num_tokens,
+                token_context=load.token_context,
+                step_ms=float(np.median([step.step_ms for step in steps])),
             )
-        self._release([*decoding, base])
+        self._release(decoding)
 
     def _prefill_cases(self) -> list[tuple[int, int, int]]:
         """(context, tokens of a chunk, chunks); several chunks only of small ones."""
@@ -223,26 +231,22 @@ class Calibrator:
             if num_chunks == 1 or num_tokens < max(sizes)
         ]
 
-    def _mean_context(self, sequences: Sequence[int]) -> int:
-        if not sequences:
-            return 0
-        return round(sum(self.engine.num_tokens(s) for s in sequences) / len(sequences))
+    def _make_chunks(
+        self, base: Sequence[int], context: int, num_tokens: int, num_chunks: int
+    ) -> list[PrefillChunk]:
+        """Chunks of fresh tokens, on a context shared from `base` if there is one.
 
-    def _prefill(
-        self, decoding: Sequence[int], base: int, context: int, num_tokens: int, num_chunks: int
-    ) -> float:
-        """Chunks of fresh tokens on a context shared from `base`, beside decoding sequences."""
+        Tokens that were computed before would be found again by engines that reuse any prefix.
+        """
         chunks = []
         for _ in range(num_chunks):
-            child = next(self._ids)
-            remaining = self.engine.num_tokens(base) - context
-            suffix = self._random_ids(max(1, num_tokens - remaining + 1))
-            self.engine.fork_sequence(base, child, context, suffix, self._params())
+            child, ids = next(self._ids), self._random_ids(num_tokens + 1)
+            if base:
+                self.engine.fork_sequence(base[0], child, context, ids, params())
+            else:
+                self.engine.add_sequence(child, child, ids, params())
             chunks.append(PrefillChunk(child, num_tokens, sample=False))
-        plan = StepPlan(tuple(decoding), (1,) * len(decoding), tuple(chunks))
-        step_ms = self.engine.step(plan).step_ms
-        self._release([c.sequence_id for c in chunks])
-        return step_ms
+        return chunks
 
     # ---- check
 
@@ -261,10 +265,10 @@ class Calibrator:
             for width in (narrow, wide):
                 samples = []
                 for _ in range(3):
-                    total = sum(self.engine.num_tokens(int(s)) for s in order[:width])
-                    samples.append(self._decode(order[:width]))
+                    step = self._decode(order[:width])
+                    samples.append(step.step_ms)
                 measured.append(float(np.median(samples)))
-                predicted.append(predictor.predict_step_ms(int(width), total))
+                predicted.append(predictor.predict_step_ms(int(width), step.num_context_tokens))
             errors.append(abs(predicted[1] - measured[1]) / measured[1])
             externality = measured[1] - measured[0]
             externalities.append(abs(externality))
@@ -276,25 +280,19 @@ class Calibrator:
 
     # ---- sequences
 
-    def _params(self) -> SequenceParams:
-        return SequenceParams(SamplingParams(ignore_eos=True), seed=0)
-
     def _random_ids(self, num: int) -> list[int]:
         ids: list[int] = self._rng.integers(0, self.engine.capabilities.vocab_size, num).tolist()
         return ids
 
-    def _make_sequences(self, contexts: Sequence[int]) -> list[int]:
-        """Sequences of random tokens, prefilled so that they decode next."""
+    def _make_sequences(self, contexts: Sequence[int], *, draw: bool = True) -> list[int]:
+        """Sequences of random tokens; all are computed, or all but a last one that was drawn."""
         sequences = []
         for context in contexts:
             sequence = next(self._ids)
-            ids = self._random_ids(max(context - 1, 1))
-            self.engine.add_sequence(sequence, sequence, ids, self._params())
+            ids = self._random_ids(max(context - draw, 1))
+            self.engine.add_sequence(sequence, sequence, ids, params())
             sequences.append(sequence)
-            for start in range(0, len(ids), _PREFILL_CHUNK):
-                num = min(_PREFILL_CHUNK, len(ids) - start)
-                last = start + num == len(ids)
-                self.engine.step(StepPlan(prefill=(PrefillChunk(sequence, num, last),)))
+            self._meter.compute(sequence, draw=draw)
         return sequences
 
     def _release(self, sequences: Sequence[int]) -> None:

@@ -43,6 +43,7 @@ NEAR_CAPACITY = {  # requests/s that per-step TAPER just holds; prefill is compu
 }  # fmt: skip
 DEFAULT_LEASE = int(TrtllmEngineConfig.model_fields["lease_tokens"].default)
 PER_STEP = "per step"
+_TOKENS_BESIDE_PREFILL = 2048
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -79,11 +80,10 @@ def measure(run: Run, warmup_s: float, duration_s: float) -> dict[str, Any]:
 
 
 def _leases(run: Run, deployment: Deployment) -> Leases | None:
-    """As much prefill in a step as the cell has, beside a full batch."""
+    """A step takes the cell's chunk budget, and what decode and many starts count for beside it."""
     if run.mode == PER_STEP:
         return None
-    scheduler = deployment.scheduler
-    max_num_tokens = scheduler.max_prefill_tokens + scheduler.max_batch_size
+    max_num_tokens = deployment.scheduler.max_prefill_tokens + _TOKENS_BESIDE_PREFILL
     return Leases(run.mode, run.lease_tokens, max_num_tokens=max_num_tokens)  # type: ignore[arg-type]
 
 

@@ -34,9 +34,10 @@ class Leases:
     """
 
     mode: Literal["lease", "slice", "lockstep"] = "lease"
-    lease_tokens: int = 32
+    lease_tokens: int = 256
     min_lease_steps: int = 4
-    max_num_tokens: int = 8192
+    start_interval_steps: int = 8
+    max_num_tokens: int = 4096
 
 
 class VirtualTrtllmEngine(TrtllmEngine):
@@ -65,6 +66,7 @@ class VirtualTrtllmEngine(TrtllmEngine):
                     mode=leases.mode,
                     lease_tokens=leases.lease_tokens,
                     min_lease_steps=leases.min_lease_steps,
+                    start_interval_steps=leases.start_interval_steps,
                 ),
                 clock=lambda: self.runtime_now_s(),
             )

@@ -83,7 +83,10 @@ class TrtllmEngineConfig(_Model):
             places end after their tokens only; ``lockstep``: one token a time, exactly as planned,
             for tests and ablations: it takes three iterations for one.
         lease_tokens: Tokens of a place that leaves compete for.
-        min_lease_steps: A place is kept so many iterations at least (hysteresis).
+        min_lease_steps: A place is taken back when so many plans in a row leave it out
+            (hysteresis).
+        start_interval_steps: Branches of requests that have a place start together, every so many
+            steps or with one that cannot wait: a step that has a start in it is longer.
         kv_cache_tokens: Size of the KV pool; None for what the memory share gives.
         kv_cache_free_gpu_memory_fraction: Share of the free GPU memory that the KV pool takes.
         retention_s: How long the KV of parked branches and of their prefix is kept ahead of what
@@ -99,8 +102,9 @@ class TrtllmEngineConfig(_Model):
     model_dir: Path | None = None
     bindings: str = "tensorrt_llm.bindings.executor"
     mode: Literal["lease", "slice", "lockstep"] = "lease"
-    lease_tokens: _PositiveInt = 32
+    lease_tokens: _PositiveInt = 256
     min_lease_steps: _PositiveInt = 4
+    start_interval_steps: _PositiveInt = 8
     kv_cache_tokens: _PositiveInt | None = None
     kv_cache_free_gpu_memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
     retention_s: Annotated[float, Field(gt=0)] = 60.0

@@ -2,8 +2,8 @@
 
 A request's only leaf keeps its place to the end of its stage: it is the request's baseline, which
 nobody contests. Leaves that have siblings get the engine's lease, so that the place is decided anew
-every so many tokens. One that has yet to prefill gets it only if the step has time for one more;
-else a single token, and it goes through admission after that.
+every so many tokens. One that has yet to prefill starts only if the step has time for one more,
+since its prefill and its place are one.
 """
 
 from __future__ import annotations
@@ -65,16 +65,18 @@ class LeaseTerms:
             request = running[index[sequence.family]]
             lease = 1
             if chunk.sample:
-                width += 1
-                context += self._sequences.num_tokens(sequence)
+                wider = (width + 1, context + self._sequences.num_tokens(sequence))
                 if (
-                    decision is None
-                    or sequence is request.protected
-                    or self._predictor.predict_step_ms(width, context) <= decision.budget_ms
+                    decision is not None
+                    and sequence is not request.protected
+                    and chunk.sequence_id not in self._sequences.holding
+                    and self._predictor.predict_step_ms(*wider) > decision.budget_ms
                 ):
-                    lease = self._lease(
-                        sequence, request, index[sequence.family], chunk.num_tokens, budget
-                    )
+                    continue
+                width, context = wider
+                lease = self._lease(
+                    sequence, request, index[sequence.family], chunk.num_tokens, budget
+                )
             chunks.append(replace(chunk, max_new_tokens=lease))
         return replace(plan, max_new_tokens=num_tokens, prefill=tuple(chunks))
 

@@ -389,7 +389,9 @@ class StepPlanner:
             ready.batch,
             kv_headroom_blocks=budget.headroom[ready.indices],
             num_unreserved_blocks=budget.num_unreserved_blocks,
-            prefill=prefill,
+            # When a lease engine acts on the plan, this step's prefill may be over: a place would
+            # be given up for a step that is not there any more. Its slack tells soon enough.
+            prefill=PrefillLoad() if self._is_lease else prefill,
             max_batch_size=self._scheduler.max_batch_size - len(chunks),
         )
         is_probe = self._probe_is_due()

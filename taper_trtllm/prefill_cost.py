@@ -49,6 +49,8 @@ class PrefillCost:
         table = solution[:-2].reshape(len(measured), len(self._knots))
         self._chunk_ms, self._pair_ms = solution[-2:]
         self._rows = _rows_of_widths(measured, table, max_width)
+        if measured[0] > 0:  # a step without decode reads the weights like one of a single sequence
+            self._rows[0] = self._rows[1] + decode_ms(1, 0)
 
     def steps_ms(self, first_width: int, num_steps: int, load: PrefillLoad) -> FloatArray:
         """Prefill time beside batches of consecutive widths.

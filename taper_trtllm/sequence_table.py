@@ -116,6 +116,7 @@ class SequenceTable:
     def preempt(self, sequence: LiveSequence) -> None:
         """See `Engine.preempt_sequence`."""
         self._engine.preempt_sequence(sequence.sequence_id)
+        self.holding -= {sequence.sequence_id}
         self.touch(sequence)
 
     def release(self, sequence: LiveSequence) -> None:

@@ -154,3 +154,13 @@ def test_a_profile_survives_the_disk_and_refuses_what_it_was_not_measured_on(tmp
     path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 9', 1))
     with pytest.raises(ProfileError, match="schema_version"):
         load_profile(path)
+
+
+def test_without_a_point_of_prefill_alone_the_weights_are_still_paid_for():
+    full = toy_profile()
+    beside = full.model_copy(update={"prefill": tuple(p for p in full.prefill if p.width)})
+    load = PrefillLoad().with_chunk(64, 0)
+    alone, guessed = (
+        StepLatencyPredictor(p, 64).predict_step_ms(0, 0, load) for p in (full, beside)
+    )
+    assert guessed == pytest.approx(alone, rel=0.25)

@@ -20,6 +20,7 @@ from programs import expected_outputs, requests
 from test_executor import SPECS, Collector, alone, fan_out, named, plain, run_to_end
 from toy_engine import next_token, step_ms, toy_profile
 
+from engine_build.calibrate import Calibrator, Grid
 from perf.trtllm_fake.active_request import Submission
 from perf.trtllm_fake.decoders import Step, StepOutput
 from perf.trtllm_fake.engine_dir import (
@@ -30,6 +31,7 @@ from perf.trtllm_fake.engine_dir import (
     pretrained_config,
     write_engine_dir,
 )
+from perf.virtual_trtllm import Leases, VirtualTrtllmEngine
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.config import (
     ConfigError,
@@ -48,12 +50,14 @@ from taper_trtllm.engines.base import (
     StepPlan,
     StepResult,
 )
+from taper_trtllm.engines.simulated import SimulatedConfig, StepTimes
 from taper_trtllm.engines.torch_engine import TorchEngine
 from taper_trtllm.engines.trtllm import Place, TrtllmEngine
 from taper_trtllm.engines.trtllm_session import News
 from taper_trtllm.executor import ExecutorThread, TaperExecutor
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.output import RequestOutput
+from taper_trtllm.profile import load_profile
 from taper_trtllm.request import (
     Branch,
     ForkJoinRequest,
@@ -66,6 +70,7 @@ from taper_trtllm.request import (
 from taper_trtllm.request_gate import ExecutorClosedError
 
 BLOCK = 4
+PROFILES = Path(__file__).parents[1] / "perf" / "profiles"
 TINY = RandomModelConfig(
     hidden_size=64, num_hidden_layers=2, head_dim=16, intermediate_size=96, vocab_size=97, seed=3
 )
@@ -123,6 +128,7 @@ class WatchedEngine(TrtllmEngine):
 
     def __init__(self, config: TrtllmEngineConfig, num_missing_blocks: int = 0) -> None:
         self.num_missing_blocks = num_missing_blocks
+        self.num_in_vain = 0
         self.plans: list[Planned] = []
         self.owner: dict[int, int] = {}  # sequences by request id
         self.audits: list[IterationAudit] = []
@@ -141,10 +147,12 @@ class WatchedEngine(TrtllmEngine):
         self.audits.extend(result.audits or ())
         self.check_integrity()
         self.runtime.check_integrity()
+        self.num_in_vain = 0 if result.decoded or result.prefilled else self.num_in_vain + 1
+        assert self.num_in_vain < 100, "the runtime schedules nothing"
         return result
 
-    def _give(self, place: Place, plan: StepPlan) -> None:
-        super()._give(place, plan)
+    def _give(self, place: Place) -> None:
+        super()._give(place)
         self.owner[self._place_of[place.sequence_id]] = place.sequence_id
 
     def launched(self) -> list[set[int]]:
@@ -352,7 +360,12 @@ def busy_requests() -> list[ForkJoinRequest]:
 @pytest.mark.parametrize(("lease_tokens", "min_lease_steps"), [(3, 1), (32, 1), (32, 4)])
 def test_membership_follows_the_plans_one_step_later(path, policy, lease_tokens, min_lease_steps):
     """Rule 1 on lease engines: entry at once after the step in flight, exit after hysteresis."""
-    engine = make_engine(path, lease_tokens=lease_tokens, min_lease_steps=min_lease_steps)
+    engine = make_engine(
+        path,
+        lease_tokens=lease_tokens,
+        min_lease_steps=min_lease_steps,
+        start_interval_steps=1,
+    )
     run(engine, make_executor(engine, policy), busy_requests())
     launched, plans = engine.launched(), engine.plans
     num_launched = [planned.num_launched for planned in plans]
@@ -522,6 +535,45 @@ def test_what_was_evicted_and_computed_again_is_counted(path):
     assert recomputed[0] == 0 and recomputed[1] > 100
 
 
+def test_a_protected_place_does_not_block_one_amid_its_prompt(path):
+    """The runtime reserves the whole prompt of a request that starts, shared or not."""
+    engine = make_engine(path, num_kv_blocks=24, max_num_tokens=8, start_interval_steps=1)
+    params = SequenceParams(SamplingParams(), seed=0)
+    engine.add_sequence(0, 0, range(40), params)
+    prompt = StepPlan(prefill=(PrefillChunk(0, 40, sample=False),))
+    while engine.num_computed_tokens(0) < 40:
+        engine.step(prompt)
+    engine.fork_sequence(0, 1, 40, [1] * 30, params)
+    engine.fork_sequence(0, 2, 40, [2], params)
+    header = (PrefillChunk(1, 30, sample=True),)
+    engine.step(StepPlan(prefill=header))
+    plan = StepPlan(decode=(2,), max_new_tokens=(8,), prefill=header, num_protected=1)
+    result = engine.step(plan)
+    assert result.holding == {1, 2}
+    while result.holding:
+        result = engine.step(StepPlan(tuple(result.holding), (1,) * len(result.holding)))
+    assert (engine.num_tokens(1), engine.num_tokens(2)) == (71, 49)
+
+
+def test_a_preempted_branch_has_lost_its_place(path):
+    """Its tokens are to be computed anew, within what the plan has memory for."""
+    engine = make_engine(path)
+    executor = make_executor(engine, "irp-eager")
+    executor.submit(plain("a", 20), Collector())
+    for _ in range(4):
+        executor.run_once()
+    (sequence,) = executor._running[0].sequences()
+    assert executor._sequences.holding == {sequence.sequence_id}
+    executor._sequences.preempt(sequence)
+    assert not executor._sequences.holding and not engine._places
+    planned = executor._planner.plan(executor._running, engine.now_s())
+    (chunk,) = planned.plan.prefill
+    assert chunk.num_tokens == engine.num_tokens(sequence.sequence_id)
+    assert chunk.max_new_tokens == sequence.node.num_stage_tokens_left
+    run_to_end(executor, engine)
+    engine.assert_idle()
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_prompt_that_tensorrt_llm_refuses_fails_alone(path, mode):
     """Whether it refuses when it is asked, or answers with an error."""
@@ -587,6 +639,35 @@ def test_an_iteration_that_does_not_end_is_an_engine_error(path):
             executor.run_once()
     is_over.set()
     executor.shutdown()
+
+
+def test_a_shutdown_does_not_wait_for_long_leases(path):
+    engine = make_engine(path)
+    executor = make_executor(engine)
+    collector = Collector()
+    executor.submit(plain("long", 2000), collector)
+    for _ in range(5):
+        executor.run_once()
+    executor.shutdown()
+    assert "shutting down" in collector.last("long").error
+    assert engine.runtime.num_active == 0 and engine.runtime.num_iterations < 12
+
+
+def test_in_real_time_with_a_loop_of_its_own(path):
+    engine = make_engine(path, drive="threaded", lease_tokens=4, iteration_timeout_s=30)
+    executor = make_executor(engine)
+    thread = ExecutorThread(executor)
+    thread.start()
+    batch = [fan_out(f"f{i}", 5) for i in range(3)] + [plain(f"p{i}", 12) for i in range(3)]
+    handles = [executor.submit(request) for request in batch]
+    for request, handle in zip(batch, handles, strict=True):
+        collector = Collector()
+        for output in handle:
+            collector(output)
+        assert collector.last(request.request_id).finish_reason == "completed"
+        assert collector.tokens(request.request_id) == alone(request)
+    thread.stop()
+    assert len(engine.audits) > 10
 
 
 @pytest.mark.parametrize("tau", [5.0, 7.0, 20.0])
@@ -691,3 +772,37 @@ def test_missing_pieces_and_wrong_settings_are_named(path, tmp_path):
     config = {**engine, "bindings": "perf.trtllm_fake.bindings"}
     with pytest.raises(ConfigError, match=r"engine.engine_dir: TensorRT-LLM cannot run"):
         create_engine(parse_config({"engine": config}).engine)
+
+
+# ------------------------------------------------------------------ calibration
+
+
+def test_calibration_finds_the_truth():
+    truth = load_profile(PROFILES / "h200_fp8_tp1.json")
+    engine = VirtualTrtllmEngine(truth, SimulatedConfig(num_kv_blocks=4096), Leases())
+    grid = Grid((1, 4, 16, 64), (64, 512), (16, 128), (0, 512), repetitions=2, num_checks=4)
+    calibrator = Calibrator(engine, grid)
+    profile, report = calibrator.measure({})
+    engine.check_integrity()
+    assert engine.num_free_blocks == 4096
+    assert {(p.width, p.num_chunks, p.num_tokens) for p in profile.prefill} == {
+        (width, chunks, tokens)
+        for width in (1, 8)
+        for chunks, tokens in ((1, 16), (4, 64), (1, 128))
+    }
+    assert {p.width for p in profile.decode} == {1, 4, 16, 64}
+    times = StepTimes(truth, 64)
+    for point in profile.decode:
+        assert point.step_ms == pytest.approx(
+            times.decode_ms(point.width, point.context_tokens), rel=0.02
+        )
+    for point in profile.prefill:
+        decode_ms = times.decode_ms(point.width, point.context_tokens)
+        prefill_ms = times.prefill_ms(point.width, point.load)
+        assert point.step_ms == pytest.approx(decode_ms + prefill_ms, rel=0.02)
+    assert report.mape < 0.05
+
+
+def test_lockstep_tells_no_step_times(path):
+    with pytest.raises(ConfigError, match="does not tell how long single steps take"):
+        Calibrator(make_engine(path, mode="lockstep"), Grid((1, 4), (16, 64))).measure({})

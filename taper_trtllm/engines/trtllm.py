@@ -142,6 +142,7 @@ class TrtllmEngine(PagedSequences):
         self._unwanted: set[int] = set()  # requests to cancel after their first token
         self._auditor = Auditor()
         self._step = 0
+        self._started_in = 0
         self.losses = Losses()
         super().__init__(
             _capabilities(config, self._engine_dir, self._num_pool_blocks(), clock is not None)
@@ -163,7 +164,7 @@ class TrtllmEngine(PagedSequences):
 
     def _num_pool_blocks(self) -> int:
         """Blocks in TensorRT-LLM's pool, which only an iteration tells; it also warms up."""
-        self._session.ask(PlaceRequest(_WARM_UP_IDS, 1, SamplingParams(), 0, 0, False, 0, None))
+        self._session.ask(PlaceRequest(_WARM_UP_IDS, 1, SamplingParams(), 0, 0, 0, None))
         deadline_s = time.monotonic() + self._config.iteration_timeout_s
         num_blocks: int | None = None
         is_done = False
@@ -296,17 +297,36 @@ class TrtllmEngine(PagedSequences):
         num_starting = sum(place.num_tokens == 0 for place in self._places.values())
         num_running = len(self._places) - num_starting
         room = (self._engine_dir.max_num_tokens - num_running) // self.capabilities.tokens_per_block
-        for wanted in self._wanted(plan):
+        for wanted in self._worth_a_start(self._wanted(plan)):
             if num_starting >= max(1, room) and not self._is_lockstep:
                 return
             try:
-                self._give(wanted, plan)
+                self._give(wanted)
             except OutOfBlocksError:
                 continue  # the room of a place that ends has not come back yet
             except ValueError as error:
                 outcome.failed[wanted.sequence_id] = str(error)
                 continue
             num_starting += 1
+
+    def _worth_a_start(self, wanted: list[Place]) -> list[Place]:
+        """All of them, or none: a step in which anybody starts is longer for everybody.
+
+        A request that has no place at all cannot wait. The others do, for it or for so many steps.
+        """
+        if (
+            not self._is_lockstep
+            and self._step - self._started_in < self._config.start_interval_steps
+        ):
+            placed = {self._family(place) for place in self._places.values()}
+            if all(self._family(place) in placed for place in wanted):
+                return []
+        if wanted:
+            self._started_in = self._step
+        return wanted
+
+    def _family(self, place: Place) -> int:
+        return self._sequences[place.sequence_id].table.family
 
     def _wanted(self, plan: StepPlan) -> list[Place]:
         """Places of the plan that are not given yet: protected ones, prefill, extras."""
@@ -341,7 +361,7 @@ class TrtllmEngine(PagedSequences):
             is_prefill=False,
         )
 
-    def _give(self, place: Place, plan: StepPlan) -> None:
+    def _give(self, place: Place) -> None:
         """Asks for one place.
 
         Raises:
@@ -361,7 +381,6 @@ class TrtllmEngine(PagedSequences):
                     sequence.params.sampling,
                     seed=_seed(sequence.params.seed, num_before),
                     num_prefix_tokens=self._num_shared[sequence_id],
-                    is_protected=sequence_id in plan.decode[: plan.num_protected],
                     client_id=_client_id(sequence.table.family, sequence_id, num_before),
                     cache_salt_id=sequence.params.cache_salt_id,
                 )
@@ -498,7 +517,10 @@ class TrtllmEngine(PagedSequences):
         assert with_room <= set(self._place_of), "room without a place"
 
     def shutdown(self) -> None:
-        """See `Engine`."""
+        """See `Engine`. Open places are taken back: TensorRT-LLM would run them to their end."""
+        if self._session.takes_requests:
+            for request_id in self._places:
+                self._session.cancel(request_id)
         self._session.shutdown()
 
 

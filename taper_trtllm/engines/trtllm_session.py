@@ -17,7 +17,6 @@ from taper_trtllm.request import SamplingParams
 
 _PREFIX_PRIORITY = 90  # of 1..100; the default is 35: what nobody waits for goes first
 _BRANCH_PRIORITY = 70
-_PROTECTED = 0.75  # request priority; the default is 0.5
 _STATS_DEPTH = 1000
 
 
@@ -31,7 +30,6 @@ class PlaceRequest:
         sampling: How.
         seed: Of this place alone; the sampler starts anew with it.
         num_prefix_tokens: Of the prompt, what others share.
-        is_protected: It goes before opportunistic ones.
         client_id: Shows in TensorRT-LLM's logs and statistics.
         cache_salt_id: KV is shared among equal ones only.
     """
@@ -41,7 +39,6 @@ class PlaceRequest:
     sampling: SamplingParams
     seed: int
     num_prefix_tokens: int
-    is_protected: bool
     client_id: int
     cache_salt_id: int | None
 
@@ -165,6 +162,11 @@ class TrtllmSession:
     # ------------------------------------------------------------------------- conversions
 
     def _request(self, place: PlaceRequest) -> Any:
+        """All have one priority, so they start in the order in which they were asked for.
+
+        A higher one that waits for blocks would stand before one that is amid its prompt and holds
+        them: the capacity scheduler ends at the first that does not fit, and neither goes on.
+        """
         trt, sampling = self._trt, place.sampling
         stop_ids = sorted(sampling.stop_ids)
         return trt.Request(
@@ -177,7 +179,6 @@ class TrtllmSession:
             stop_words=[[token_id] for token_id in stop_ids[1:]] or None,
             kv_cache_retention_config=self._retention_config(place),
             client_id=place.client_id,
-            priority=_PROTECTED if place.is_protected else 0.5,
             cache_salt_id=place.cache_salt_id,
         )
 
