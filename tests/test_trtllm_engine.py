@@ -530,6 +530,28 @@ def test_what_was_evicted_and_computed_again_is_counted(path):
     assert recomputed[0] == 0 and recomputed[1] > 100
 
 
+def test_a_protected_place_does_not_block_one_amid_its_prompt(path):
+    """The runtime reserves the whole prompt of a request that starts, shared or not."""
+    engine = make_engine(path, num_kv_blocks=35, max_num_tokens=9)
+    params = SequenceParams(SamplingParams(), seed=0)
+    engine.add_sequence(0, 0, range(40), params)
+    prefix = StepPlan(prefill=(PrefillChunk(0, 40, sample=False),))
+    while engine.num_computed_tokens(0) < 40:
+        engine.step(prefix)
+    engine.add_sequence(3, 3, [3], params)  # with its tokens, every iteration ends a step
+    engine.fork_sequence(0, 1, 40, [1] * 50, params)
+    engine.fork_sequence(0, 2, 40, [2], params)
+    engine.step(StepPlan(decode=(3,), max_new_tokens=(20,), num_protected=1))
+    header = (PrefillChunk(1, 50, sample=True),)
+    engine.step(StepPlan(decode=(3,), max_new_tokens=(20,), prefill=header, num_protected=1))
+    plan = StepPlan(decode=(2, 3), max_new_tokens=(8, 20), prefill=header, num_protected=2)
+    result = engine.step(plan)
+    assert result.holding == {1, 2, 3} and engine.num_tokens(1) == 90, "1 is amid its prompt"
+    while result.holding:
+        result = engine.step(StepPlan(tuple(result.holding), (1,) * len(result.holding)))
+    assert [engine.num_tokens(i) for i in (1, 2, 3)] == [91, 49, 21]
+
+
 def test_a_preempted_branch_has_lost_its_place(path):
     """Its tokens are to be computed anew, within what the plan has memory for."""
     engine = make_engine(path)
