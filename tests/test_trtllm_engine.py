@@ -638,6 +638,14 @@ def test_an_iteration_that_does_not_end_is_an_engine_error(path):
     executor.shutdown()
 
 
+def test_a_runtime_that_can_schedule_nobody_is_an_engine_error(path):
+    engine = make_engine(path, num_kv_blocks=8, num_missing_blocks=30, iteration_timeout_s=0.2)
+    executor = make_executor(engine)
+    executor.submit(plain("a", 60), Collector())
+    with pytest.raises(EngineError, match=r"no iteration of the engine has ended for 0.2 s"):
+        executor.run_once()
+
+
 def test_a_shutdown_does_not_wait_for_long_leases(path):
     engine = make_engine(path)
     executor = make_executor(engine)
