@@ -537,22 +537,24 @@ def test_what_was_evicted_and_computed_again_is_counted(path):
 
 def test_a_protected_place_does_not_block_one_amid_its_prompt(path):
     """The runtime reserves the whole prompt of a request that starts, shared or not."""
-    engine = make_engine(path, num_kv_blocks=24, max_num_tokens=8, start_interval_steps=1)
+    engine = make_engine(path, num_kv_blocks=35, max_num_tokens=9, start_interval_steps=1)
     params = SequenceParams(SamplingParams(), seed=0)
     engine.add_sequence(0, 0, range(40), params)
-    prompt = StepPlan(prefill=(PrefillChunk(0, 40, sample=False),))
+    prefix = StepPlan(prefill=(PrefillChunk(0, 40, sample=False),))
     while engine.num_computed_tokens(0) < 40:
-        engine.step(prompt)
-    engine.fork_sequence(0, 1, 40, [1] * 30, params)
+        engine.step(prefix)
+    engine.add_sequence(3, 3, [3], params)  # with its tokens, every iteration ends a step
+    engine.fork_sequence(0, 1, 40, [1] * 50, params)
     engine.fork_sequence(0, 2, 40, [2], params)
-    header = (PrefillChunk(1, 30, sample=True),)
-    engine.step(StepPlan(prefill=header))
-    plan = StepPlan(decode=(2,), max_new_tokens=(8,), prefill=header, num_protected=1)
+    engine.step(StepPlan(decode=(3,), max_new_tokens=(20,), num_protected=1))
+    header = (PrefillChunk(1, 50, sample=True),)
+    engine.step(StepPlan(decode=(3,), max_new_tokens=(20,), prefill=header, num_protected=1))
+    plan = StepPlan(decode=(2, 3), max_new_tokens=(8, 20), prefill=header, num_protected=2)
     result = engine.step(plan)
-    assert result.holding == {1, 2}
+    assert result.holding == {1, 2, 3} and engine.num_tokens(1) == 90, "1 is amid its prompt"
     while result.holding:
         result = engine.step(StepPlan(tuple(result.holding), (1,) * len(result.holding)))
-    assert (engine.num_tokens(1), engine.num_tokens(2)) == (71, 49)
+    assert [engine.num_tokens(i) for i in (1, 2, 3)] == [91, 49, 21]
 
 
 def test_a_preempted_branch_has_lost_its_place(path):
@@ -639,6 +641,14 @@ def test_an_iteration_that_does_not_end_is_an_engine_error(path):
             executor.run_once()
     is_over.set()
     executor.shutdown()
+
+
+def test_a_runtime_that_can_schedule_nobody_is_an_engine_error(path):
+    engine = make_engine(path, num_kv_blocks=8, num_missing_blocks=30, iteration_timeout_s=0.2)
+    executor = make_executor(engine)
+    executor.submit(plain("a", 60), Collector())
+    with pytest.raises(EngineError, match=r"no iteration of the engine has ended for 0.2 s"):
+        executor.run_once()
 
 
 def test_a_shutdown_does_not_wait_for_long_leases(path):

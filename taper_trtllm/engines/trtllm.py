@@ -28,6 +28,7 @@ from taper_trtllm.config import TrtllmEngineConfig
 from taper_trtllm.engines.base import (
     EngineCapabilities,
     EngineError,
+    IterationAudit,
     OutOfBlocksError,
     SequenceId,
     SequenceParams,
@@ -38,7 +39,7 @@ from taper_trtllm.engines.base import (
 from taper_trtllm.engines.paged_sequences import EngineSequence, PagedSequences
 from taper_trtllm.engines.trtllm_audit import Auditor
 from taper_trtllm.engines.trtllm_engine_dir import EngineDir, read_engine_dir
-from taper_trtllm.engines.trtllm_session import News, PlaceRequest, TrtllmSession
+from taper_trtllm.engines.trtllm_session import PlaceRequest, TrtllmSession
 from taper_trtllm.request import SamplingParams
 
 _POLL_S = 0.05
@@ -267,8 +268,8 @@ class TrtllmEngine(PagedSequences):
         self._ask(plan, outcome)
         if not self._places and not outcome.failed:
             raise OutOfBlocksError("no sequence of the plan fits the KV pool")
-        news = self._await(outcome)
-        return self._result(outcome, news)
+        audits = self._await(outcome)
+        return self._result(outcome, audits)
 
     def _revoke(self, plan: StepPlan) -> None:
         """Takes back the places of sequences that the plan leaves out."""
@@ -399,23 +400,28 @@ class TrtllmEngine(PagedSequences):
 
     # ---- what became of it
 
-    def _await(self, outcome: _Outcome) -> News:
+    def _await(self, outcome: _Outcome) -> tuple[IterationAudit, ...]:
         """Waits for an iteration to end, in lockstep for all places to end.
+
+        Turns in which TensorRT-LLM could schedule nobody do not count.
 
         Raises:
             EngineError: None ends in time.
         """
         deadline_s = time.monotonic() + self._config.iteration_timeout_s
-        all_news = News([], [], [])
+        audits: list[IterationAudit] = []
+        has_news = has_run = False
         while True:
-            news = self._session.poll(_STATISTICS_S if all_news.responses else _POLL_S)
+            news = self._session.poll(_STATISTICS_S if has_news else _POLL_S)
             for response in news.responses:
                 self._take(response, outcome)
-            all_news.responses.extend(news.responses)
-            all_news.iterations.extend(news.iterations)
-            all_news.requests.extend(news.requests)
-            if not self._places or (all_news.iterations and not self._is_lockstep):
-                return all_news
+            audits.extend(self._auditor.audit(news))
+            has_news = has_news or bool(news.responses)
+            has_run = has_run or any(
+                stats.inflight_batching_stats.num_scheduled_requests for stats in news.iterations
+            )
+            if not self._places or (has_run and not self._is_lockstep):
+                return tuple(audits)
             if not self._session.takes_requests:
                 raise EngineError("TensorRT-LLM's executor has ended")
             if time.monotonic() > deadline_s:
@@ -489,8 +495,7 @@ class TrtllmEngine(PagedSequences):
     def _was_cancelled(result: Any) -> bool:
         return bool(result.finish_reasons[0].name == "CANCELLED")
 
-    def _result(self, outcome: _Outcome, news: News) -> StepResult:
-        audits = self._auditor.audit(news)
+    def _result(self, outcome: _Outcome, audits: tuple[IterationAudit, ...]) -> StepResult:
         num_missed = self._auditor.num_missed_blocks
         self.losses.num_recomputed_tokens = num_missed * self.capabilities.tokens_per_block
         return StepResult(
