@@ -44,6 +44,7 @@ NEAR_CAPACITY = {  # requests/s that per-step TAPER just holds; prefill is compu
 DEFAULT_LEASE = int(TrtllmEngineConfig.model_fields["lease_tokens"].default)
 PER_STEP = "per step"
 _TOKENS_BESIDE_PREFILL = 2048
+_TABLE_WIDTH = 130
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -135,11 +136,14 @@ def share(
 
 def table_of(results: Sequence[Mapping[str, Any]]) -> Table:
     """One row for each cell, policy and kind of place."""
-    table = Table(title="Leases on the fake executor, against true per-step gating")
-    for column in ("cell", "req/s", "policy", "places", "attainment", "token goodput",
-                   "of per step", "re-entries /1k", "revoked /1k", "lost /1k", "idle /1k",
-                   "recomputed /1k"):  # fmt: skip
-        table.add_column(column, justify="left" if column in ("cell", "policy") else "right")
+    table = Table(
+        title="Leases on the fake executor, against true per-step gating of the same requests",
+        caption="the last five columns: for 1000 tokens",
+    )
+    for column in ("cell", "req/s", "policy", "places", "attained", "tok/s", "of per step",
+                   "re-entries", "revoked", "lost", "idle", "recomputed"):  # fmt: skip
+        is_text = column in ("cell", "policy", "places")
+        table.add_column(column, justify="left" if is_text else "right", no_wrap=True)
     keys = ("cell", "policy", "mode", "lease_tokens", "request_rate")
     rows = {tuple(r[key] for key in keys): r for r in results}
     for key in sorted(rows):
@@ -225,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--cells", type=_cells, default=list(NEAR_CAPACITY), help="of the evaluation")
     add("--policies", type=lambda t: t.split(","), default=["taper", "irp-off", "irp-eager"])
-    add("--lease-tokens", type=_numbers, default=[1, 8, 32, 64, 256, 1024], metavar="N,N,...")
+    add("--lease-tokens", type=_numbers, default=[1, 4, 16, 64, 256, 1024], metavar="N,N,...")
     add("--slice-tokens", type=_numbers, default=[], metavar="N,N,...",
         help="also places that are never taken back, of these lengths")  # fmt: skip
     add("--rate-scale", type=float, default=1.0, help="of the rate that per-step TAPER just holds")
@@ -276,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         arguments.output_dir / "leases.json",
     )
     plot(results, arguments.output_dir / "leases.png")
-    Console().print(table_of(results))
+    Console(width=_TABLE_WIDTH).print(table_of(results))
     print(f"results: {arguments.output_dir}")
     return 0
 
