@@ -35,7 +35,7 @@ class Leases:
 
     mode: Literal["lease", "slice", "lockstep"] = "lease"
     lease_tokens: int = 256
-    min_lease_steps: int = 4
+    hysteresis_steps: int = 4
     start_interval_steps: int = 8
     max_num_tokens: int = 4096
 
@@ -65,7 +65,7 @@ class VirtualTrtllmEngine(TrtllmEngine):
                     bindings=BINDINGS,
                     mode=leases.mode,
                     lease_tokens=leases.lease_tokens,
-                    min_lease_steps=leases.min_lease_steps,
+                    hysteresis_steps=leases.hysteresis_steps,
                     start_interval_steps=leases.start_interval_steps,
                 ),
                 clock=lambda: self.runtime_now_s(),

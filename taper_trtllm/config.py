@@ -83,8 +83,7 @@ class TrtllmEngineConfig(_Model):
             places end after their tokens only; ``lockstep``: one token a time, exactly as planned,
             for tests and ablations: it takes three iterations for one.
         lease_tokens: Tokens of a place that leaves compete for.
-        min_lease_steps: A place is taken back when so many plans in a row leave it out
-            (hysteresis).
+        hysteresis_steps: A place is taken back when so many plans in a row leave it out.
         start_interval_steps: Branches of requests that have a place start together, every so many
             steps or with one that cannot wait: a step that has a start in it is longer.
         kv_cache_tokens: Size of the KV pool; None for what the memory share gives.
@@ -103,7 +102,7 @@ class TrtllmEngineConfig(_Model):
     bindings: str = "tensorrt_llm.bindings.executor"
     mode: Literal["lease", "slice", "lockstep"] = "lease"
     lease_tokens: _PositiveInt = 256
-    min_lease_steps: _PositiveInt = 4
+    hysteresis_steps: _PositiveInt = 4
     start_interval_steps: _PositiveInt = 8
     kv_cache_tokens: _PositiveInt | None = None
     kv_cache_free_gpu_memory_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9

@@ -197,7 +197,7 @@ def make_engine(
         decoder=TorchDecoderConfig(random_model=TINY, step_ms=10),
     )
     write_engine_dir(path, build, fake, pretrained_config(TINY, build.max_seq_len))
-    options = {"bindings": "perf.trtllm_fake.bindings", "min_lease_steps": 2, **config}
+    options = {"bindings": "perf.trtllm_fake.bindings", "hysteresis_steps": 2, **config}
     made = TrtllmEngineConfig(kind="trtllm", engine_dir=path, **options)
     if decoder == "torch":
         return WatchedEngine(made, num_missing_blocks)
@@ -357,13 +357,13 @@ def busy_requests() -> list[ForkJoinRequest]:
 
 
 @pytest.mark.parametrize("policy", ["taper", "step-ceiling:0.9", "fixed-cap:2", "irp-eager"])
-@pytest.mark.parametrize(("lease_tokens", "min_lease_steps"), [(3, 1), (32, 1), (32, 4)])
-def test_membership_follows_the_plans_one_step_later(path, policy, lease_tokens, min_lease_steps):
+@pytest.mark.parametrize(("lease_tokens", "hysteresis_steps"), [(3, 1), (32, 1), (32, 4)])
+def test_membership_follows_the_plans_one_step_later(path, policy, lease_tokens, hysteresis_steps):
     """Rule 1 on lease engines: entry at once after the step in flight, exit after hysteresis."""
     engine = make_engine(
         path,
         lease_tokens=lease_tokens,
-        min_lease_steps=min_lease_steps,
+        hysteresis_steps=hysteresis_steps,
         start_interval_steps=1,
     )
     run(engine, make_executor(engine, policy), busy_requests())
@@ -375,7 +375,7 @@ def test_membership_follows_the_plans_one_step_later(path, policy, lease_tokens,
             first_token.setdefault(request_id, index)
     for index, step in enumerate(engine.runtime.history):
         last = bisect.bisect_right(num_launched, index)  # plans before it could act on the step
-        recent = plans[max(0, last - min_lease_steps) : last]
+        recent = plans[max(0, last - hysteresis_steps) : last]
         wanted = set().union(*(planned.sequences for planned in recent))
         for request_id in step.request_ids & engine.owner.keys():
             was_seen_to_draw = first_token[request_id] + 2 <= num_launched[last - 1]
@@ -684,7 +684,7 @@ def test_in_real_time_with_a_loop_of_its_own(path):
 @pytest.mark.parametrize("lease_tokens", [2, 8])
 def test_no_ready_leaf_starves_under_taper(path, tau, lease_tokens):
     """Rule 6 on lease engines: a place for each in turn, and what it takes to change it."""
-    engine = make_engine(path, lease_tokens=lease_tokens, min_lease_steps=2)
+    engine = make_engine(path, lease_tokens=lease_tokens, hysteresis_steps=2)
     executor = make_executor(engine, "taper")
     delay = engine.capabilities.actuation_delay_steps
     waited: dict[tuple[str, str], tuple[int, int]] = {}  # tokens of a leaf, steps since the last

@@ -280,7 +280,7 @@ class TrtllmEngine(PagedSequences):
                 continue
             place.num_left_out += 1
             if (
-                place.num_left_out >= self._config.min_lease_steps
+                place.num_left_out >= self._config.hysteresis_steps
                 and 0 < place.num_tokens < place.max_tokens
                 and not place.is_revoked
             ):
