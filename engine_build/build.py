@@ -38,6 +38,8 @@ from engine_build.preflight import Findings
 from engine_build.step_runner import CheckedStep, StepError, StepRunner
 
 _DONE, _FAILED, _REFUSED = 0, 1, 2
+# The default of --max-num-tokens: so many, or room for so many starts beside a full decode batch.
+_NUM_TOKENS, _NUM_STARTS = 4096, 16
 
 
 def add_parser(commands: Any) -> None:
@@ -63,8 +65,9 @@ def add_parser(commands: Any) -> None:
     add(
         "--max-num-tokens",
         type=int,
-        help="tokens in one iteration; a (re)started branch counts with its whole prompt, reused "
-        "or not (2 x --max-seq-len, or what the model allows)",
+        help="tokens in one iteration: one of each branch that decodes, and of the rest a block or "
+        "more for each that starts; also its longest prefill, which all others wait for "
+        f"({_NUM_TOKENS}, or if more --max-batch-size + {_NUM_STARTS} x --tokens-per-block)",
     )
     add("--max-seq-len", type=int, default=16384, help="tokens of one sequence, prompt included")
     add("--tokens-per-block", type=int, default=32, help="unit of prefix sharing")
@@ -119,12 +122,18 @@ def _options(arguments: argparse.Namespace, shape: ModelShape | None) -> BuildOp
     if values["workers"] is None:
         values["workers"] = arguments.tp_size
     if values["max_num_tokens"] is None:
-        # Two of the longest prompts in one iteration.
-        most = arguments.max_seq_len * min(2, arguments.max_batch_size)
-        if shape is not None and arguments.tp_size > 0:
-            most = min(most, most_num_tokens(shape, arguments.tp_size))
-        values["max_num_tokens"] = most
+        values["max_num_tokens"] = _default_num_tokens(arguments, shape)
     return BuildOptions(**values)
+
+
+def _default_num_tokens(arguments: argparse.Namespace, shape: ModelShape | None) -> int:
+    """The rule that --help states, cut to what the batch can have and the model allows."""
+    batch = arguments.max_batch_size
+    wanted = max(_NUM_TOKENS, batch + _NUM_STARTS * arguments.tokens_per_block)
+    most = batch * arguments.max_seq_len
+    if shape is not None and arguments.tp_size > 0:
+        most = min(most, most_num_tokens(shape, arguments.tp_size))
+    return min(wanted, most)
 
 
 def _load(arguments: argparse.Namespace, options: BuildOptions, findings: Findings) -> BranchLoad:

@@ -31,7 +31,7 @@ class BuildOptions:
         kv_cache_dtype: ``auto`` keeps bfloat16; ``fp8`` needs FP8 weights.
         tp_size: Tensor parallel size.
         max_batch_size: Sequences in one iteration: all live branches of all requests.
-        max_num_tokens: Tokens in one iteration, whole prompts of started children included.
+        max_num_tokens: Tokens in one iteration: one of each sequence that decodes, and prefill.
         max_seq_len: Tokens of one sequence, prompt and output.
         tokens_per_block: Tokens of one KV block, the unit of prefix sharing.
         calib_size: Samples that FP8 scales are calibrated on.

@@ -1,4 +1,4 @@
-"""What an engine takes of each GPU's memory, and how many branches the rest holds. Pure.
+"""What an engine takes of each GPU's memory, how many branches the rest holds. Pure.
 
 Weights and KV cache follow from the shape. Activations are an estimate: TensorRT decides at build
 time, for the largest shapes, and needs about one layer's tensors (TensorRT-LLM,
@@ -10,6 +10,11 @@ query, key and feed-forward columns, T = max_num_tokens and B = max_batch_size
 counts residual and normalised input in both halves of a layer; query, key, value, the query copy of
 paged attention and its output in the first; gate, up and their product in the second; 8-bit copies
 of matmul inputs; float32 logits and the decoder's copy of them.
+
+In one iteration each sequence that decodes takes a token of T first. Prompts that do not all fit in
+the rest get a block each by turns (TensorRT-LLM, cpp/tensorrt_llm/batch_manager/
+microBatchScheduler.cpp @b8b7b782, EQUAL_PROGRESS, which the adapter asks for): one block starts a
+branch whose KV is there, whatever its length, and other prompts are cut over iterations.
 """
 
 from __future__ import annotations
@@ -48,11 +53,12 @@ class MemoryPlan:
         kv_bytes_per_token: Of one rank.
         num_kv_blocks: Blocks that the pool holds; None without `gpu_bytes`.
         blocks_of_longest: Blocks of one sequence of `max_seq_len`.
-        load: The fan-out of the next three.
+        load: The fan-out of the next two.
         shared_blocks: Its blocks when branches share the full blocks of the prefix.
         unshared_blocks: Its blocks when each branch holds the prefix itself.
-        restarts_per_step: Branches that can be (re)started in one iteration while all others
-            decode; each is charged its whole prompt, reused blocks included.
+        starts_per_iteration: Branches whose KV is there that the tokens of one iteration can start
+            beside a full decode batch; `max_batch_size` bounds both together.
+        longest_prefill: Tokens of prefill that one iteration can have beside a full decode batch.
     """
 
     gpu_bytes: int | None
@@ -68,7 +74,8 @@ class MemoryPlan:
     load: BranchLoad
     shared_blocks: int
     unshared_blocks: int
-    restarts_per_step: int
+    starts_per_iteration: int
+    longest_prefill: int
 
     @property
     def engine_bytes(self) -> int:
@@ -131,10 +138,10 @@ def plan_memory(
     if gpu_bytes is not None:
         free = max(0, gpu_bytes - weights - activations - RUNTIME_BYTES)
         num_kv_blocks = int(free * FREE_GPU_MEMORY_FRACTION) // (per_token * block)
-    branch_tokens = load.prefix_tokens + load.branch_tokens
-    per_branch = _ceil(branch_tokens, block)
+    per_branch = _ceil(load.prefix_tokens + load.branch_tokens, block)
     # A branch writes into the last, partly filled block of the prefix, and so has its own.
     full_prefix = load.prefix_tokens // block
+    longest_prefill = options.max_num_tokens - options.max_batch_size
     return MemoryPlan(
         gpu_bytes=gpu_bytes,
         weight_bytes=weights,
@@ -149,7 +156,8 @@ def plan_memory(
         load=load,
         shared_blocks=full_prefix + load.num_branches * (per_branch - full_prefix),
         unshared_blocks=load.num_branches * per_branch,
-        restarts_per_step=max(0, options.max_num_tokens - options.max_batch_size) // branch_tokens,
+        starts_per_iteration=longest_prefill // block,
+        longest_prefill=longest_prefill,
     )
 
 

@@ -9,7 +9,7 @@ from engine_build.memory_plan import FREE_GPU_MEMORY_FRACTION, GIB, MemoryPlan
 
 
 def plan_table(plan: MemoryPlan, options: BuildOptions) -> Table:
-    """Memory of one GPU, then what its KV pool holds; "?" where the GPU is not known."""
+    """Memory of one GPU, what its KV pool holds ("?" where the GPU is not known), an iteration."""
     kv_cache = "fp8" if options.kv_cache_dtype == "fp8" else "bfloat16"
     table = Table(
         title=f"one GPU: {options.dtype}, KV cache {kv_cache}, TP {options.tp_size}",
@@ -39,7 +39,10 @@ def plan_table(plan: MemoryPlan, options: BuildOptions) -> Table:
     )
     table.add_row("  blocks, prefix shared", _of_pool(plan.shared_blocks, pool))
     table.add_row("  blocks, prefix held by each", _of_pool(plan.unshared_blocks, pool))
-    table.add_row("  (re)starts that fit one iteration", str(plan.restarts_per_step))
+    table.add_section()
+    table.add_row(f"one iteration, beside {plan.max_batch_size} that decode", "")
+    table.add_row("  starts whose KV is there, a block each", str(plan.starts_per_iteration))
+    table.add_row("  longest prefill", f"{plan.longest_prefill} tokens")
     return table
 
 

@@ -49,24 +49,22 @@ def check_values(options: BuildOptions, findings: Findings) -> None:
     block = options.tokens_per_block
     if block >= 1 and block & (block - 1):
         problems.append(f"--tokens-per-block: must be a power of two, such as 32 (got {block})")
-    if options.max_seq_len < 2:
-        problems.append(f"--max-seq-len: must be at least 2 (got {options.max_seq_len})")
+    if options.max_seq_len <= max(1, block):
+        problems.append(
+            f"--max-seq-len: must be above --tokens-per-block, and 1 (got {options.max_seq_len})"
+        )
     if options.kv_cache_dtype == "fp8" and options.dtype != "fp8":
         problems.append(
             "--kv-cache-dtype: fp8 needs --dtype fp8: with bfloat16 weights the builder turns "
             "paged context FMHA off, and without it there is no block reuse"
         )
     most = options.max_batch_size * options.max_seq_len
-    least = max(1, options.max_batch_size, block)
+    least = options.max_batch_size + block
     if least <= most and not least <= options.max_num_tokens <= most:
         problems.append(
-            f"--max-num-tokens: must be in {least}..{most}, between one token for each of "
-            f"--max-batch-size sequences and all of --max-seq-len (got {options.max_num_tokens})"
-        )
-    elif options.max_num_tokens < options.max_seq_len:
-        findings.warnings.append(
-            f"--max-num-tokens: {options.max_num_tokens} is below --max-seq-len; a branch with a "
-            "longer prompt needs chunked context and several iterations to be (re)started"
+            f"--max-num-tokens: must be in {least}..{most}: at least --max-batch-size + "
+            "--tokens-per-block, or decoding alone could keep a start out, and at most "
+            f"--max-batch-size x --max-seq-len (got {options.max_num_tokens})"
         )
 
 

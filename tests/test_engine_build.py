@@ -28,7 +28,7 @@ OPTIONS = BuildOptions(
     kv_cache_dtype="auto",
     tp_size=1,
     max_batch_size=64,
-    max_num_tokens=32768,
+    max_num_tokens=4096,
     max_seq_len=16384,
     tokens_per_block=32,
     calib_size=512,
@@ -107,7 +107,7 @@ def test_a_dry_run_prints_the_commands_of_a_bfloat16_build(tmp_path, capsys):
         "--gpt_attention_plugin auto --gemm_plugin auto --kv_cache_type paged "
         "--context_fmha enable --use_paged_context_fmha enable --use_fp8_context_fmha disable "
         "--remove_input_padding enable --tokens_per_block 32 --max_batch_size 64 "
-        "--max_seq_len 16384 --max_input_len 16383 --max_num_tokens 32768 --max_beam_width 1 "
+        "--max_seq_len 16384 --max_input_len 16383 --max_num_tokens 4096 --max_beam_width 1 "
         "--output_timing_cache e/build/timing.cache",
     ]
     assert not (tmp_path / "e").exists()
@@ -176,7 +176,6 @@ def test_the_plan_counts_blocks_with_and_without_prefix_sharing(shape_32b):
     plan = plan_memory(shape_32b, OPTIONS, 80 * GIB, LOAD)
     assert plan.shared_blocks == 64 + 64 * 16  # 2048 / 32 once, 512 / 32 for each
     assert plan.unshared_blocks == 64 * 80
-    assert plan.restarts_per_step == (32768 - 64) // 2560 == 12
     free = 80 * GIB - weight_bytes(shape_32b, "bfloat16", 1) - 2 * GIB
     free -= activation_bytes(shape_32b, OPTIONS)
     assert plan.num_kv_blocks == int(0.9 * free) // (32 * 262144)
@@ -186,15 +185,68 @@ def test_the_plan_counts_blocks_with_and_without_prefix_sharing(shape_32b):
     assert (ragged.shared_blocks, ragged.unshared_blocks) == (3 + 4, 16)
 
 
-def test_activations_grow_with_the_tokens_of_an_iteration(shape_32b):
-    half = dataclasses.replace(OPTIONS, max_num_tokens=16384)
-    logits = 8 * 64 * 151936
-    whole_bytes, half_bytes = (activation_bytes(shape_32b, o) - logits for o in (OPTIONS, half))
-    assert whole_bytes == 2 * half_bytes == 32768 * 2 * (2 * 5120 + 3 * 25600)
+def test_the_plan_says_what_fits_beside_a_full_decode_batch(shape_32b):
+    plan = plan_memory(shape_32b, OPTIONS, None, LOAD)
+    assert (plan.starts_per_iteration, plan.longest_prefill) == (126, 4032)
+    assert 64 + 126 * 32 == 4096
+    # A start takes one block, however long its branch is.
+    longer = BranchLoad(num_branches=4, prefix_tokens=8192, branch_tokens=4096)
+    assert plan_memory(shape_32b, OPTIONS, None, longer).starts_per_iteration == 126
+    least = dataclasses.replace(OPTIONS, max_num_tokens=64 + 32)
+    assert plan_memory(shape_32b, least, None, LOAD).starts_per_iteration == 1
 
 
 @pytest.mark.parametrize(
-    ("gib", "what"), [(60, "weights, activations and runtime"), (71, "KV pool")]
+    ("options", "max_num_tokens"),
+    [
+        ("", 4096),
+        ("--max-batch-size 3585", 3585 + 16 * 32),
+        ("--tokens-per-block 256", 64 + 16 * 256),
+        ("--max-batch-size 2 --max-seq-len 1024", 2 * 1024),  # all that two sequences can have
+        ("--max-batch-size 1 --max-seq-len 33", 33),
+        ("--max-num-tokens 96", 96),
+    ],
+)
+def test_the_tokens_of_an_iteration_follow_from_the_batch(
+    tmp_path, capsys, options, max_num_tokens
+):
+    model = config_dir(tmp_path / "Qwen3-32B")
+    status, lines, _ = dry_run(
+        capsys,
+        *f"--model-dir {model} --output-dir e --dtype bfloat16 --tp-size 1 {options}".split(),
+    )
+    assert status == 0
+    assert f"--max_num_tokens {max_num_tokens} " in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("--max-num-tokens 95", "--max-num-tokens: must be in 96..1048576"),
+        ("--max-num-tokens 95", "decoding alone could keep a start out"),
+        ("--max-num-tokens 1048577", "--max-num-tokens: must be in 96..1048576"),
+        ("--max-seq-len 32", "--max-seq-len: must be above --tokens-per-block"),
+    ],
+)
+def test_an_iteration_without_room_for_a_start_is_refused(tmp_path, capsys, options, reason):
+    model = config_dir(tmp_path / "Qwen3-32B")
+    status, _, errors = dry_run(
+        capsys,
+        *f"--model-dir {model} --output-dir e --dtype bfloat16 --tp-size 1 {options}".split(),
+    )
+    assert status == 2
+    assert reason in errors
+
+
+def test_activations_grow_with_the_tokens_of_an_iteration(shape_32b):
+    half = dataclasses.replace(OPTIONS, max_num_tokens=2048)
+    logits = 8 * 64 * 151936
+    whole_bytes, half_bytes = (activation_bytes(shape_32b, o) - logits for o in (OPTIONS, half))
+    assert whole_bytes == 2 * half_bytes == 4096 * 2 * (2 * 5120 + 3 * 25600)
+
+
+@pytest.mark.parametrize(
+    ("gib", "what"), [(60, "weights, activations and runtime"), (66, "KV pool")]
 )
 def test_a_gpu_that_is_too_small_is_refused(tmp_path, capsys, gib, what):
     model = config_dir(tmp_path / "Qwen3-32B")
@@ -248,7 +300,7 @@ def test_all_problems_are_reported_together(tmp_path, capsys):
         "num_key_value_heads",
         "--tokens-per-block: must be a power of two",
         "--kv-cache-dtype: fp8 needs --dtype fp8",
-        "--max-num-tokens: must be in 64..",
+        "--max-num-tokens: must be in 112..",  # 64 decode, and one block of 48
         "--max-seq-len: 50000 is beyond the model's 40960",
         "--output-dir: is the model's directory",
         "--branches",
@@ -350,7 +402,7 @@ def test_a_build_leaves_engine_manifest_and_logs(build, tensorrt_llm, tmp_path, 
         "tensorrt_llm": "1.2.1",
         "tokens_per_block": "32",
         "max_batch_size": "64",
-        "max_num_tokens": "2048",
+        "max_num_tokens": "4096",
     }
 
 
