@@ -27,8 +27,7 @@ class EngineDir:
         vocab_size: Token ids are below it.
         tokens_per_block: KV block size.
         max_batch_size: Most sequences in one iteration.
-        max_num_tokens: Most tokens in one iteration; a request that starts counts with its whole
-            prompt.
+        max_num_tokens: Most tokens in one iteration, prefill and decode together.
         max_seq_len: Most tokens of one sequence.
         max_input_len: Most tokens of a prompt; a place that is given again has a branch's text so
             far in its prompt.
