@@ -38,10 +38,12 @@ def random_batch(num_sequences: int, rng: np.random.Generator) -> BatchState:
     extra = rng.integers(num_requests, size=num_sequences - num_requests)
     request_index = np.sort(np.concatenate([np.arange(num_requests), extra]))
     tpot_slo_ms = rng.choice([30.0, 50.0, 100.0], size=num_requests)
+    context_tokens = rng.integers(100, 4000, size=num_sequences)
     return BatchState(
         first_leaf=np.searchsorted(request_index, np.arange(num_requests)),
         request_index=request_index,
-        context_tokens=rng.integers(100, 4000, size=num_sequences),
+        context_tokens=context_tokens,
+        extra_context_tokens=context_tokens,
         num_generated=rng.integers(0, 300, size=num_sequences),
         last_advanced=rng.integers(0, 50, size=num_sequences),
         holding=np.zeros(num_sequences, dtype=np.bool_),

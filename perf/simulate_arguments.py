@@ -152,6 +152,10 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
         "--free-joins", action="store_true", help="branch headers and joins cost nothing"
     )
     group.add_argument(
+        "--prefix-sharing-attention", action="store_true",
+        help="a step reads what branches of a request share once (cascade attention)",
+    )  # fmt: skip
+    group.add_argument(
         "--host-overhead-ms", type=at_least_0, default=0.0,
         help="added to every step, unknown to the profile (%(default)s)",
     )  # fmt: skip
@@ -223,6 +227,7 @@ def study_of(arguments: argparse.Namespace) -> Study:
         max_seq_len=arguments.max_seq_len,
         disaggregated_prefill=arguments.disaggregated_prefill,
         free_joins=arguments.free_joins,
+        prefix_sharing_attention=arguments.prefix_sharing_attention,
         disturbance=Disturbance(host_overhead_ms=arguments.host_overhead_ms, noise=arguments.noise),
     )
     policies = _schedulers(arguments, max_batch_size, profile)

@@ -224,13 +224,13 @@ def _extras(batch: BatchState, baseline: IntArray) -> IntArray:
 def _ordered_extras(batch: BatchState, baseline: IntArray) -> IntArray:
     """Extras by token per marginal cost, least progressed first inside a request.
 
-    A token costs what its leaf's context costs to read. A request is ranked by its shortest one, so
-    that its leaves keep their order by progress. Those that hold a place go before all others.
+    A token costs what its leaf's step reads beside the others. A request is ranked by its shortest
+    leaf, so that its leaves keep their order by progress. Those that hold a place go before all.
     """
     num_requests, num_leaves = batch.num_requests, batch.num_leaves
     if num_leaves == num_requests:
         return baseline[:0]
-    shortest = np.minimum.reduceat(batch.context_tokens, batch.first_leaf)
+    shortest = np.minimum.reduceat(batch.extra_context_tokens, batch.first_leaf)
     request_key = shortest * num_requests + np.arange(num_requests)
     key = request_key[batch.request_index]
     key *= _MAX_GENERATED
@@ -308,7 +308,8 @@ def _prefix_times(
     batch: BatchState, predictor: StepLatencyPredictor, baseline: IntArray, extras: IntArray
 ) -> FloatArray:
     """T of the baseline with the first k extras, k = 0..len(extras)."""
-    context = batch.context_tokens[np.concatenate((baseline, extras))].cumsum()
+    read = (batch.context_tokens[baseline], batch.extra_context_tokens[extras])
+    context = np.concatenate(read).cumsum()
     return predictor.predict_steps_ms(len(baseline), context[len(baseline) - 1 :], batch.prefill)
 
 

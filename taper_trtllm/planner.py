@@ -67,7 +67,7 @@ class PlannedStep:
         prefill: Its prefill load.
         ready: Requests in decode, each with its numbers of ready and of admitted leaves.
         refusals: Every refused leaf.
-        num_context_tokens: Sum of contexts of the decode batch.
+        num_context_tokens: Tokens whose KV the decode batch reads.
         min_slack_ms: Smallest slack of a savable request; None if no clock runs.
         num_preempted: Subtrees dropped and requests suspended for this plan.
         is_probe: The baseline alone, to measure T0.
@@ -172,6 +172,7 @@ class StepPlanner:
             first_leaf=counts.cumsum() - counts,
             request_index=np.arange(len(counts)).repeat(counts),
             context_tokens=columns["num_tokens"],
+            extra_context_tokens=self._extra_context_tokens(columns),
             num_generated=columns["num_generated"],
             last_advanced=columns["last_advanced"],
             holding=self._is_holding(columns),
@@ -187,6 +188,12 @@ class StepPlanner:
         )
         baseline = self._policy.baseline(batch) if requests else _NO_ROWS
         return _Ready(indices, requests, rows, columns, baseline, batch)
+
+    def _extra_context_tokens(self, columns: Rows) -> IntArray:
+        context_tokens: IntArray = columns["num_tokens"]
+        if self._engine.capabilities.prefix_sharing_attention:
+            context_tokens = context_tokens - columns["num_shared"]
+        return context_tokens
 
     def _is_holding(self, columns: Rows) -> BoolArray:
         holding = self._sequences.holding
@@ -423,7 +430,10 @@ class StepPlanner:
                 zip(ready.requests, num_ready.tolist(), num_admitted.tolist(), strict=True)
             ),
             refusals=_refusals(ready, decision),
-            num_context_tokens=int(columns["num_tokens"].sum()),
+            num_context_tokens=int(
+                batch.context_tokens[decision.baseline].sum()
+                + batch.extra_context_tokens[decision.extras].sum()
+            ),
             min_slack_ms=float(slack_ms.min()) if len(slack_ms) else None,
             num_preempted=self._num_preempted,
             is_probe=is_probe,

@@ -27,6 +27,7 @@ ROW = np.dtype(
         ("sequence_id", np.int64),
         ("num_tokens", np.int64),  # of the sequence, pending ones included
         ("num_computed", np.int64),  # of them, those with KV
+        ("num_shared", np.int64),  # of them, those taken over from the parent by reference
         ("num_generated", np.int64),  # decoded in the branch so far
         ("num_stage_tokens_left", np.int64),  # that its serial stage may still decode
         ("last_advanced", np.int64),  # step in which it last got a token
@@ -184,6 +185,7 @@ class SequenceTable:
                 sequence_id,
                 num_tokens,
                 num_computed,
+                sequence.num_shared_tokens,
                 node.num_generated,
                 left,
                 self._rows["last_advanced"][sequence.row],

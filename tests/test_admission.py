@@ -46,6 +46,7 @@ def make_batch(leaves_per_request: list[int], slack_ms: float = 50.0, **changes)
         first_leaf=np.cumsum(leaves_per_request) - leaves_per_request,
         request_index=request_index,
         context_tokens=zeros + 64,
+        extra_context_tokens=zeros + 64,
         num_generated=zeros,
         last_advanced=zeros,
         holding=np.zeros(len(zeros), dtype=np.bool_),
@@ -67,9 +68,12 @@ def batches(draw) -> BatchState:
     counts = draw(st.lists(st.integers(1, 12), min_size=1, max_size=8))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     num, num_requests = sum(counts), len(counts)
+    context_tokens = rng.integers(1, 600, num)
+    is_shared = draw(st.booleans())
     return make_batch(
         counts,
-        context_tokens=rng.integers(1, 600, num),
+        context_tokens=context_tokens,
+        extra_context_tokens=context_tokens // 3 if is_shared else context_tokens,
         num_generated=rng.integers(0, 50, num),
         last_advanced=rng.integers(0, 20, num),
         blocks_needed=rng.integers(0, 3, num),
@@ -89,9 +93,10 @@ def admit(spec: str, batch: BatchState, predictor=PREDICTOR) -> AdmissionDecisio
 
 
 def predicted(batch: BatchState, decision: AdmissionDecision, predictor=PREDICTOR) -> float:
-    rows = np.concatenate([decision.baseline, decision.extras])
-    context = int(batch.context_tokens[rows].sum())
-    return predictor.predict_step_ms(len(rows), context, batch.prefill)
+    width = len(decision.baseline) + len(decision.extras)
+    context = int(batch.context_tokens[decision.baseline].sum())
+    context += int(batch.extra_context_tokens[decision.extras].sum())
+    return predictor.predict_step_ms(width, context, batch.prefill)
 
 
 @settings(deadline=None, max_examples=200)

@@ -98,3 +98,55 @@ def test_the_executor_knows_where_prompts_are_computed(disaggregated):
     assert any(r.num_prefill_tokens == 164 for r in foreseen)  # headers cost time in any case
     for record in foreseen:
         assert record.predicted_step_ms == pytest.approx(record.step_ms, rel=0.15)
+
+
+def test_a_shared_prefix_is_read_once_where_attention_does_so():
+    """Trees of branches: what a step reads is the tokens of the union of its sequences."""
+    times = {}
+    for shares in (False, True):
+        config = SimulatedConfig(num_kv_blocks=2000, prefix_sharing_attention=shares)
+        engine = SimulatedEngine(PROFILE, config)
+        engine.add_sequence(0, 0, [0] * 4000, PARAMS)
+        engine.step(StepPlan(prefill=(PrefillChunk(0, 3999, sample=False),)))
+        for child in (1, 2, 3):
+            engine.fork_sequence(0, child, 3999, (), PARAMS)
+        for _ in range(20):
+            engine.step(StepPlan(decode=(1, 2, 3)))
+        engine.fork_sequence(1, 4, 4010, (), PARAMS)  # nested: shares 11 tokens of branch 1 too
+        engine.step(StepPlan(prefill=(PrefillChunk(4, 10, sample=True),)))
+        times[shares] = engine.step(StepPlan(decode=(1, 2, 3, 4))).step_ms
+    step_times = StepTimes(PROFILE, 16)
+    union = 3999 + 3 * 21 + 10 + 1  # prefix, three branches, and what the nested one has alone
+    assert times[True] == pytest.approx(step_times.decode_ms(4, union / 4))
+    assert times[False] == pytest.approx(step_times.decode_ms(4, (3 * 4020 + 4021) / 4))
+
+
+@pytest.mark.parametrize("policy", ["irp-eager", "taper"])
+def test_steps_that_read_a_prefix_once_are_foreseen(policy):
+    """Its own cost term: an extra costs its own text, and more of them fit the same budget."""
+    widths = []
+    for shares in (False, True):
+        config = SimulatedConfig(num_kv_blocks=4000, prefix_sharing_attention=shares)
+        executor = TaperExecutor(
+            SimulatedEngine(PROFILE, config),
+            PROFILE,
+            SchedulerConfig(policy=policy, max_prefill_tokens=4096, probe_interval_steps=None),
+            RequestLimits(max_prompt_tokens=9000, max_total_tokens=30000),
+            SloTarget(ttft_ms=1e6, tpot_ms=25),
+        )
+        stages = (
+            SerialStage(max_tokens=2),
+            ParallelStage(branches=(Branch(header_ids=(7,), max_tokens=60),) * 40),
+            SerialStage(max_tokens=20),
+        )
+        for i in range(2):
+            request = ForkJoinRequest(request_id=f"r{i}", input_ids=(1,) * 8000, stages=stages)
+            executor.submit(request)
+        records = []
+        while (record := executor.run_once()) is not None:
+            records.append(record)
+        for record in records:
+            if record.predicted_step_ms is not None and not record.num_prefill_tokens:
+                assert record.predicted_step_ms == pytest.approx(record.step_ms, rel=0.05)
+        widths.append(max(record.num_admitted for record in records))
+    assert widths[1] > widths[0] if policy == "taper" else widths[1] == widths[0]

@@ -64,6 +64,7 @@ def per_step_capabilities(
     virtual_time: bool,
     width_buckets: tuple[int, ...] | None = None,
     disaggregated_prefill: bool = False,
+    prefix_sharing_attention: bool = False,
 ) -> EngineCapabilities:
     """What holds for every engine here: a plan takes effect at once, and gated sequences stay."""
     return EngineCapabilities(
@@ -75,7 +76,7 @@ def per_step_capabilities(
         min_recompute_tokens=0,
         width_buckets=width_buckets,
         disaggregated_prefill=disaggregated_prefill,
-        prefix_sharing_attention=False,
+        prefix_sharing_attention=prefix_sharing_attention,
         bitwise_deterministic=bitwise_deterministic,
         virtual_time=virtual_time,
         max_batch_size=max_batch_size,

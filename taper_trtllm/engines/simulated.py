@@ -28,6 +28,9 @@ _VOCAB_SIZE = 151_936  # Qwen3's
 _FAR = 1_000_000.0  # context beyond which nothing is asked
 _TOKEN = 0  # every token that is drawn; programs end by length
 
+_Lineage = tuple[tuple[SequenceId, int], ...]
+"""Whose tokens a sequence consists of, and from which position on; the last part is its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Disturbance:
@@ -63,6 +66,8 @@ class SimulatedConfig:
         disaggregated_prefill: Prompts are computed elsewhere and cost no time here; headers and
             joins always do.
         free_joins: Neither do headers and joins (the assumption of earlier studies).
+        prefix_sharing_attention: A step reads what sequences of a request share once (cascade
+            attention).
         disturbance: Of the step time.
         seed: Of the noise.
     """
@@ -73,6 +78,7 @@ class SimulatedConfig:
     max_seq_len: int = 40960
     disaggregated_prefill: bool = False
     free_joins: bool = False
+    prefix_sharing_attention: bool = False
     disturbance: Disturbance = Disturbance()
     seed: int = 0
 
@@ -170,6 +176,7 @@ class SimulatedEngine(PagedEngine):
                 name="simulated",
                 width_buckets=profile.width_buckets,
                 disaggregated_prefill=config.disaggregated_prefill,
+                prefix_sharing_attention=config.prefix_sharing_attention,
                 bitwise_deterministic=True,
                 virtual_time=True,
                 max_batch_size=config.max_batch_size,
@@ -184,6 +191,7 @@ class SimulatedEngine(PagedEngine):
         self._device = Device(profile, config.disturbance, config.max_batch_size, config.seed)
         self._clock_s = 0.0
         self._num_prompt_tokens: dict[SequenceId, int] = {}
+        self._lineage: dict[SequenceId, _Lineage] = {}
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
@@ -208,11 +216,33 @@ class SimulatedEngine(PagedEngine):
         """See `Engine`."""
         super().add_sequence(sequence_id, family, token_ids, params)
         self._num_prompt_tokens[sequence_id] = len(token_ids)
+        self._lineage[sequence_id] = ((sequence_id, 0),)
+
+    def fork_sequence(
+        self,
+        parent_id: SequenceId,
+        child_id: SequenceId,
+        num_shared_tokens: int,
+        suffix_ids: Sequence[int],
+        params: SequenceParams,
+    ) -> None:
+        """See `Engine`."""
+        super().fork_sequence(parent_id, child_id, num_shared_tokens, suffix_ids, params)
+        above = [part for part in self._lineage[parent_id] if part[1] < num_shared_tokens]
+        self._lineage[child_id] = (*above, (child_id, num_shared_tokens))
+
+    def join_sequence(
+        self, parent_id: SequenceId, child_id: SequenceId, suffix_ids: Sequence[int]
+    ) -> None:
+        """See `Engine`."""
+        super().join_sequence(parent_id, child_id, suffix_ids)
+        del self._lineage[child_id]
 
     def release_sequence(self, sequence_id: SequenceId) -> None:
         """See `Engine`."""
         super().release_sequence(sequence_id)
         self._num_prompt_tokens.pop(sequence_id, None)
+        del self._lineage[sequence_id]
 
     def _compute(
         self,
@@ -222,10 +252,26 @@ class SimulatedEngine(PagedEngine):
         copies: Sequence[BlockCopy],
     ) -> dict[SequenceId, int]:
         contexts = [sequence.table.num_tokens for sequence in decode]
+        if self._config.prefix_sharing_attention:
+            contexts = self._read_once(plan.decode, contexts)
         self._clock_s += self._device.step_ms(contexts, self._load(chunks)) / 1e3
         drawn = dict.fromkeys(plan.decode, _TOKEN)
         drawn |= {chunk.sequence_id: _TOKEN for chunk in chunks if chunk.sample}
         return drawn
+
+    def _read_once(self, decode: Sequence[SequenceId], contexts: Sequence[int]) -> list[int]:
+        """Context tokens that each sequence reads beyond those before it."""
+        seen: dict[SequenceId, int] = {}  # how far each part of the trees of branches was read
+        read = []
+        for sequence_id, num_tokens in zip(decode, contexts, strict=True):
+            total = 0
+            parts = self._lineage[sequence_id]
+            ends = [start for _, start in parts[1:]] + [num_tokens]
+            for (owner, start), end in zip(parts, ends, strict=True):
+                total += max(0, end - seen.get(owner, start))
+                seen[owner] = max(seen.get(owner, start), end)
+            read.append(total)
+        return read
 
     def _load(self, chunks: Sequence[ChunkWork]) -> PrefillLoad:
         """The chunks that cost time here."""
