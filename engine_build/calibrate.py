@@ -324,21 +324,29 @@ def _run(arguments: argparse.Namespace) -> int:
         grid = Grid(**{**vars(grid), "repetitions": max(1, arguments.repetitions)})
     console = Console(stderr=True)
     engine = create_engine(config.engine)
-    columns = (TextColumn("calibrating {task.fields[engine]}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        calibrator = Calibrator(engine, grid)
-        task = progress.add_task(
-            "", total=calibrator.num_repetitions, engine=engine.capabilities.name
+    try:
+        columns = (
+            TextColumn("calibrating {task.fields[engine]}"),
+            BarColumn(),
+            TimeRemainingColumn(),
         )
-        calibrator.advance = lambda: progress.advance(task)
-        profile, report = calibrator.measure(
-            {
-                "tool": f"taper_trtllm {__version__} engine_build calibrate",
-                "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "repetitions": str(grid.repetitions),
-            }
-        )
-    engine.shutdown()
+        with Progress(*columns, console=console) as progress:
+            calibrator = Calibrator(engine, grid)
+            task = progress.add_task(
+                "", total=calibrator.num_repetitions, engine=engine.capabilities.name
+            )
+            calibrator.advance = lambda: progress.advance(task)
+            profile, report = calibrator.measure(
+                {
+                    "tool": f"taper_trtllm {__version__} engine_build calibrate",
+                    "date": datetime.datetime.now(datetime.timezone.utc).isoformat(
+                        timespec="seconds"
+                    ),
+                    "repetitions": str(grid.repetitions),
+                }
+            )
+    finally:
+        engine.shutdown()
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
     profile.save(arguments.output)
     predictor = StepLatencyPredictor(profile)

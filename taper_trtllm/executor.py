@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,8 +151,12 @@ class TaperExecutor:
             )
         profile = load_profile(config.profile)
         engine = create_engine(config.engine)
-        profile.check_fingerprint(engine.fingerprint)
-        executor = cls(engine, profile, config.scheduler, config.limits, config.slo)
+        try:
+            profile.check_fingerprint(engine.fingerprint)
+            executor = cls(engine, profile, config.scheduler, config.limits, config.slo)
+        except Exception:
+            engine.shutdown()  # or its other ranks would wait for ever
+            raise
         if config.step_log is not None:
             executor.keep_step_log(config.step_log)
         return executor
@@ -241,6 +245,7 @@ class TaperExecutor:
         self._end_cancelled(self._take_notes())
         planned = self._plan(started_s)
         if planned.plan.is_empty:
+            self._engine.idle()
             self._previous_completion_s = None
             self._num_free_blocks = self._engine.num_free_blocks
             return None
@@ -376,8 +381,7 @@ class TaperExecutor:
     def _observe(
         self, planned: PlannedStep, result: StepResult, started_s: float, planned_s: float
     ) -> StepRecord:
-        for request, num_ready, num_admitted in planned.ready:
-            request.count_decode_step(num_ready, num_admitted)
+        self._count_decode_step(planned, result)
         began_s = self._previous_completion_s
         step_ms = (result.completed_at_s - (started_s if began_s is None else began_s)) * 1e3
         self._previous_completion_s = result.completed_at_s
@@ -391,6 +395,16 @@ class TaperExecutor:
         self.records.append(record)
         self._notify(record)
         return record
+
+    def _count_decode_step(self, planned: PlannedStep, result: StepResult) -> None:
+        """Tells each request in decode how many of its ready leaves really advanced."""
+        if result.decoded == planned.plan.decode:
+            for request, num_ready, num_admitted in planned.ready:
+                request.count_decode_step(num_ready, num_admitted)
+            return
+        advanced = Counter(self._sequences[i].family for i in result.decoded)
+        for request, num_ready, _ in planned.ready:
+            request.count_decode_step(num_ready, min(num_ready, advanced[request.family]))
 
     def _learn(self, planned: PlannedStep, result: StepResult, step_ms: float) -> None:
         """What the iterations say about step times: the engine's account, or the plan's."""
@@ -565,5 +579,6 @@ class ExecutorThread:
         except Exception as error:
             logger.exception("the engine failed")
             executor.fail_all(f"the engine failed: {error}")
+        executor.fail_all("the server is shutting down")
+        self._after_turn(None)  # the answers first: an engine that is lost may hang here
         executor.shutdown()
-        self._after_turn(None)

@@ -121,7 +121,11 @@ class ExecutorProcess:
             message = _Failed(f"the executor process ended ({self._process.wait()})")
         if isinstance(message, _Ready):
             return message
-        self._process.wait()
+        try:
+            self._process.wait(_EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:  # half an engine may not come down by itself
+            self._process.kill()
+            self._process.wait()
         raise ConfigError(message.message)
 
     def submit(self, request: ForkJoinRequest, on_output: OutputCallback) -> None:

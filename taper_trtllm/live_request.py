@@ -219,7 +219,8 @@ class LiveRequest:
                 if child in chain or sequence is None:
                     continue
                 computed = sequences.num_computed(sequence)
-                if computed > sequence.num_shared_tokens or child.children:
+                is_holding = sequence.sequence_id in sequences.holding
+                if computed > sequence.num_shared_tokens or child.children or is_holding:
                     self._drop(sequences, child)
                     yield child
 

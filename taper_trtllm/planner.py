@@ -228,7 +228,7 @@ class StepPlanner:
                 need = request.prefill_needs[0]
                 request.protected = need.sequence
                 num_tokens[index] = self._num_tokens_to_protect(need)
-                blocks[index] = self._blocks_needed(need.sequence, int(num_tokens[index]))
+                blocks[index] = self._blocks_to_protect(need.sequence, int(num_tokens[index]))
         if not budget.take_all(blocks):
             self._protect_one_by_one(running, num_tokens.tolist(), budget)
 
@@ -249,7 +249,7 @@ class StepPlanner:
             if index < len(running):  # not suspended for another meanwhile
                 protected = running[index].protected
                 assert protected is not None
-                blocks = self._blocks_needed(protected, num_tokens[index])
+                blocks = self._blocks_to_protect(protected, num_tokens[index])
                 self._take_protected(running, index, blocks, budget)
 
     def _take_protected(
@@ -279,6 +279,12 @@ class StepPlanner:
         if index < len(running):
             budget.take(index, num_blocks)
 
+    def _blocks_to_protect(self, sequence: LiveSequence, num_tokens: int) -> int:
+        """What it has yet to take; a place on a lease engine has its blocks."""
+        if sequence.sequence_id in self._sequences.holding:
+            return 0
+        return self._blocks_needed(sequence, num_tokens)
+
     def _blocks_needed(self, sequence: LiveSequence, num_tokens: int) -> int:
         return self._engine.num_blocks_needed(sequence.sequence_id, num_tokens)
 
@@ -290,7 +296,8 @@ class StepPlanner:
         """Chunks in the order: requests that have begun to answer, then prompts, oldest first.
 
         The budget counts tokens without context; those behind a long one count for more. Prompts
-        that are computed elsewhere come whole and before all: they cost this step nothing.
+        that are computed elsewhere come whole and before all: they cost this step nothing. On lease
+        engines all come whole, and those that are under way count.
         """
         budget_left = float(self._scheduler.max_prefill_tokens)
         room = self._scheduler.max_batch_size - len(ready.requests)
@@ -303,17 +310,17 @@ class StepPlanner:
             for need in request.prefill_needs:
                 before = self._sequences.num_computed(need.sequence)
                 weight = self._predictor.prefill_token_weight(before)
-                most = int(budget_left / weight) or int(not chunks)  # one at least, or no progress
-                if most == 0 or len(chunks) == room:
+                if len(chunks) == room:
+                    break
+                if need.sequence.sequence_id in self._sequences.holding:  # it is under way
+                    chunks.append(_whole(need))
+                    budget_left -= need.num_tokens * weight
+                    continue
+                most = max(0, int(budget_left / weight)) or int(not chunks)  # one, or no progress
+                if most == 0:
                     break
                 is_protected = need.sequence is request.protected  # its blocks are taken
-                if self._is_lease:
-                    num_tokens = need.num_tokens
-                    if need.sequence.sequence_id in self._sequences.holding:  # it is under way
-                        chunks.append(_whole(need))
-                        continue
-                else:
-                    num_tokens = min(need.num_tokens, most)
+                num_tokens = need.num_tokens if self._is_lease else min(need.num_tokens, most)
                 if gate is not None:
                     urgency = _urgency(request, is_protected)
                     num_tokens = gate.fitting_tokens(load, num_tokens, before, urgency)
@@ -414,7 +421,6 @@ class StepPlanner:
         columns = ready.columns.take(admitted)
         plan = StepPlan(
             decode=tuple(columns["sequence_id"].tolist()),
-            max_new_tokens=tuple(columns["num_stage_tokens_left"].tolist()),
             prefill=tuple(chunks),
             num_protected=len(decision.baseline),
         )

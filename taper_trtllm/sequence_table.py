@@ -180,6 +180,7 @@ class SequenceTable:
             num_computed = engine.num_computed_tokens(sequence_id)
             is_decoding = node.status is BranchStatus.DECODING
             is_ready = is_decoding and num_tokens - num_computed == 1
+            needs_blocks = is_ready and sequence_id not in self.holding
             left = node.num_stage_tokens_left if is_decoding else 0
             self._rows[sequence.row] = (
                 sequence_id,
@@ -189,7 +190,9 @@ class SequenceTable:
                 node.num_generated,
                 left,
                 self._rows["last_advanced"][sequence.row],
-                engine.num_blocks_needed(sequence_id, self.lease_of(sequence)) if is_ready else 0,
+                engine.num_blocks_needed(sequence_id, self.lease_of(sequence))
+                if needs_blocks
+                else 0,
             )
         self._touched.clear()
 
@@ -221,8 +224,8 @@ class SequenceTable:
 
     def _move(self, decode_rows: IntArray, plan: StepPlan, result: StepResult) -> None:
         others = {chunk.sequence_id for chunk in plan.prefill}
-        stayed = self.holding & result.holding
-        if stayed:
+        if self.holding or result.holding:
+            stayed = self.holding & result.holding
             others.update((self.holding | result.holding) - stayed, result.preempted)
             others.update(result.prefilled, result.tokens)
             steady = [i for i in result.decoded if i in stayed and len(result.tokens[i]) == 1]

@@ -132,7 +132,7 @@ class StepPlan:
     Attributes:
         decode: Sequences that compute their one pending token and draw the next, baseline first.
         max_new_tokens: Tokens that a lease engine may draw for each sequence in `decode`, same
-            order, should it give it a place now; per-step engines draw one.
+            order, should it give it a place now; empty for per-step engines, which draw one.
         prefill: Prefill chunks, in priority order.
         num_protected: Sequences of `decode` that are the protected baseline.
     """
@@ -201,8 +201,8 @@ class StepResult:
 class Engine(Protocol):
     """Runs iterations and owns KV.
 
-    All calls come from one thread. A `family` is the set of sequences of one request; KV blocks are
-    shared inside a family only.
+    All calls come from one thread. A `family` is the set of sequences of one request; blocks are
+    counted as shared inside a family only, whatever else an engine finds to share.
     """
 
     @property
@@ -286,6 +286,9 @@ class Engine(Protocol):
             OutOfBlocksError: The plan does not fit; nothing was changed.
             EngineError: The engine is lost.
         """
+
+    def idle(self) -> None:
+        """Called instead of `step` when there is nothing to plan."""
 
     def shutdown(self) -> None:
         """Releases what the engine holds. No call may follow."""

@@ -162,6 +162,9 @@ class PagedEngine(PagedSequences, ABC):
             num_recomputed_tokens=num_recomputed,
         )
 
+    def idle(self) -> None:
+        """See `Engine`: there is nothing to do."""
+
     def shutdown(self) -> None:
         """See `Engine`."""
         self._sequences.clear()

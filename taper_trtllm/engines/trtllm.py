@@ -8,9 +8,11 @@ fetched right after the responses of step k are published, so whoever reacts to 
 k + 2, and a cancel seen during k + 1 still lets that step run, whose token is lost.
 
 The ledger of blocks (`PagedSequences`) is this engine's own: it counts what the branches that it
-keeps occupy, parked ones included, and what their places may still take. TensorRT-LLM has room for
-as much, but no account of who comes back: the blocks of what has ended stay findable too, and the
-oldest go first. If it drops a parked block, the place computes it again, and `losses` counts it.
+keeps occupy, parked ones included, and what their places may still take. TensorRT-LLM needs more:
+it lets a request in only if its whole prompt fits beside what runs, shared or not, so in a pool of
+few prompts' size places wait for others to end. And it has no account of who comes back: the blocks
+of what has ended stay findable too, and the oldest go first. If it drops a parked block, the place
+computes it again, and `losses` counts it.
 
 Nothing here has been run on TensorRT-LLM itself: names are those of the recorded contract, and
 behaviour is tested on `perf.trtllm_fake`.
@@ -30,6 +32,7 @@ from taper_trtllm.engines.base import (
     EngineError,
     IterationAudit,
     OutOfBlocksError,
+    PrefillChunk,
     SequenceId,
     SequenceParams,
     StepPlan,
@@ -43,6 +46,7 @@ from taper_trtllm.engines.trtllm_session import PlaceRequest, TrtllmSession
 from taper_trtllm.request import SamplingParams
 
 _POLL_S = 0.05
+_SILENT_POLL_S = 0.005
 _STATISTICS_S = 0.001  # they are published a moment after the responses of the same turn
 _WARM_UP_IDS = [0, 1]
 
@@ -60,7 +64,7 @@ class Place:
         num_known_tokens: Tokens of the prompt that had KV by the ledger.
         num_tokens: Tokens it has drawn.
         is_prefill: Its first token ends a prefill chunk.
-        num_left_out: Plans in a row that did not have it.
+        num_left_out: Plans in a row that did not have it, since its first token.
         is_revoked: It was cancelled; its last word is not there yet.
     """
 
@@ -87,7 +91,8 @@ class Losses:
         num_revoked: Places that were taken back.
         num_lost_tokens: Tokens drawn and lost by that.
         num_prefix_steps: Requests that only computed a prefix.
-        num_idle_steps: Steps from the plan that gave a place to its first token, beyond the first.
+        num_idle_steps: Steps from the plan that gave a branch its place again to the next token,
+            beyond the first.
         num_recomputed_tokens: Prompt tokens, in whole blocks, whose KV was gone though the ledger
             has it.
     """
@@ -138,16 +143,19 @@ class TrtllmEngine(PagedSequences):
         self._is_lockstep = config.mode == "lockstep"
         self._places: dict[int, Place] = {}  # by the executor's request id
         self._place_of: dict[SequenceId, int] = {}
-        self._num_given: dict[SequenceId, int] = {}  # places by sequence
+        self._num_given: dict[SequenceId, int] = {}  # places by sequence, for the records
         self._num_shared: dict[SequenceId, int] = {}
         self._unwanted: set[int] = set()  # requests to cancel after their first token
         self._auditor = Auditor()
         self._step = 0
         self._started_in = 0
         self.losses = Losses()
-        super().__init__(
-            _capabilities(config, self._engine_dir, self._num_pool_blocks(), clock is not None)
-        )
+        try:
+            num_blocks = self._num_pool_blocks()
+        except Exception:
+            self._session.shutdown()
+            raise
+        super().__init__(_capabilities(config, self._engine_dir, num_blocks, clock is not None))
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
@@ -275,13 +283,13 @@ class TrtllmEngine(PagedSequences):
         """Takes back the places of sequences that the plan leaves out."""
         planned = {*plan.decode, *(chunk.sequence_id for chunk in plan.prefill)}
         for request_id, place in self._places.items():
-            if place.sequence_id in planned:
+            if place.sequence_id in planned or place.num_tokens == 0:
                 place.num_left_out = 0
                 continue
             place.num_left_out += 1
             if (
                 place.num_left_out >= self._config.hysteresis_steps
-                and 0 < place.num_tokens < place.max_tokens
+                and place.num_tokens < place.max_tokens
                 and not place.is_revoked
             ):
                 self._session.cancel(request_id)
@@ -309,6 +317,7 @@ class TrtllmEngine(PagedSequences):
                 outcome.failed[wanted.sequence_id] = str(error)
                 continue
             num_starting += 1
+            self._started_in = self._step
 
     def _worth_a_start(self, wanted: list[Place]) -> list[Place]:
         """All of them, or none: a step in which anybody starts is longer for everybody.
@@ -322,8 +331,6 @@ class TrtllmEngine(PagedSequences):
             placed = {self._family(place) for place in self._places.values()}
             if all(self._family(place) in placed for place in wanted):
                 return []
-        if wanted:
-            self._started_in = self._step
         return wanted
 
     def _family(self, place: Place) -> int:
@@ -331,35 +338,33 @@ class TrtllmEngine(PagedSequences):
 
     def _wanted(self, plan: StepPlan) -> list[Place]:
         """Places of the plan that are not given yet: protected ones, prefill, extras."""
+        leases = plan.max_new_tokens or (1,) * len(plan.decode)
         decode = [
-            self._place(sequence_id, 1, True, max_tokens)
-            for sequence_id, max_tokens in zip(plan.decode, plan.max_new_tokens, strict=True)
+            self._place(PrefillChunk(sequence_id, 1, True, lease), is_prefill=False)
+            for sequence_id, lease in zip(plan.decode, leases, strict=True)
+            if sequence_id not in self._place_of
         ]
         chunks = [
-            self._place(chunk.sequence_id, chunk.num_tokens, chunk.sample, chunk.max_new_tokens)
+            self._place(chunk, is_prefill=True)
             for chunk in plan.prefill
+            if chunk.sequence_id not in self._place_of
         ]
-        for place in chunks:
-            place.is_prefill = True
-        split = plan.num_protected
-        return [
-            place
-            for place in [*decode[:split], *chunks, *decode[split:]]
-            if place.sequence_id not in self._place_of
-        ]
+        protected = set(plan.decode[: plan.num_protected])
+        first = [place for place in decode if place.sequence_id in protected]
+        extras = [place for place in decode if place.sequence_id not in protected]
+        return [*first, *chunks, *extras]
 
-    def _place(
-        self, sequence_id: SequenceId, num_pending: int, keeps_tokens: bool, max_tokens: int
-    ) -> Place:
-        num_computed = self.num_computed_tokens(sequence_id)
+    def _place(self, chunk: PrefillChunk, *, is_prefill: bool) -> Place:
+        """A step of decode is a chunk of one token."""
+        num_computed = self.num_computed_tokens(chunk.sequence_id)
         return Place(
-            sequence_id,
-            prompt_length=num_computed + num_pending,
-            max_tokens=max_tokens if keeps_tokens and not self._is_lockstep else 1,
-            keeps_tokens=keeps_tokens,
+            chunk.sequence_id,
+            prompt_length=num_computed + chunk.num_tokens,
+            max_tokens=chunk.max_new_tokens if chunk.sample and not self._is_lockstep else 1,
+            keeps_tokens=chunk.sample,
             asked_in=self._step,
             num_known_tokens=num_computed,
-            is_prefill=False,
+            is_prefill=is_prefill,
         )
 
     def _give(self, place: Place) -> None:
@@ -380,7 +385,7 @@ class TrtllmEngine(PagedSequences):
                     sequence.tokens[: place.prompt_length],
                     place.max_tokens,
                     sequence.params.sampling,
-                    seed=_seed(sequence.params.seed, num_before),
+                    seed=_seed(sequence.params.seed, place.prompt_length),
                     num_prefix_tokens=self._num_shared[sequence_id],
                     client_id=_client_id(sequence.table.family, sequence_id, num_before),
                     cache_salt_id=sequence.params.cache_salt_id,
@@ -412,7 +417,7 @@ class TrtllmEngine(PagedSequences):
         audits: list[IterationAudit] = []
         has_news = has_run = False
         while True:
-            news = self._session.poll(_STATISTICS_S if has_news else _POLL_S)
+            news = self._session.poll(_STATISTICS_S if has_news else self._patience_s())
             for response in news.responses:
                 self._take(response, outcome)
             audits.extend(self._auditor.audit(news))
@@ -427,6 +432,11 @@ class TrtllmEngine(PagedSequences):
             if time.monotonic() > deadline_s:
                 timeout_s = self._config.iteration_timeout_s
                 raise EngineError(f"no iteration of the engine has ended for {timeout_s:g} s")
+
+    def _patience_s(self) -> float:
+        """How long to wait for a response; while only prompts are computed, none will tell."""
+        is_decoding = any(place.num_tokens for place in self._places.values())
+        return _POLL_S if is_decoding else _SILENT_POLL_S
 
     def _take(self, response: Any, outcome: _Outcome) -> None:
         """Merges one response into the transcript of its branch."""
@@ -457,8 +467,9 @@ class TrtllmEngine(PagedSequences):
         sequence_id = place.sequence_id
         sequence = self._sequences[sequence_id]
         if place.num_tokens == 0:
-            self.losses.num_idle_steps += max(0, self._step - place.asked_in)
-            if place.is_prefill:
+            if not place.is_prefill:
+                self.losses.num_idle_steps += self._step - place.asked_in
+            else:
                 outcome.prefilled[sequence_id] = place.prompt_length - place.num_known_tokens
         if not (place.is_prefill and place.num_tokens == 0):
             outcome.decoded.append(sequence_id)
@@ -512,6 +523,12 @@ class TrtllmEngine(PagedSequences):
             audits=None if self._is_lockstep else audits,
         )
 
+    def idle(self) -> None:
+        """See `Engine`: requests that wait for their first token to be cancelled are seen to."""
+        if self._unwanted:
+            for response in self._session.poll(_SILENT_POLL_S).responses:
+                self._take(response, _Outcome())
+
     def check_integrity(self) -> None:
         """See `Engine`."""
         super().check_integrity()
@@ -524,7 +541,7 @@ class TrtllmEngine(PagedSequences):
     def shutdown(self) -> None:
         """See `Engine`. Open places are taken back: TensorRT-LLM would run them to their end."""
         if self._session.takes_requests:
-            for request_id in self._places:
+            for request_id in (*self._places, *self._unwanted):
                 self._session.cancel(request_id)
         self._session.shutdown()
 
@@ -553,9 +570,9 @@ def _capabilities(
     )
 
 
-def _seed(seed: int, num_before: int) -> int:
-    """Of one place: the sampler starts anew with each, and must not repeat itself."""
-    digest = hashlib.blake2b(f"{seed}/{num_before}".encode(), digest_size=8).digest()
+def _seed(seed: int, position: int) -> int:
+    """Of a place that begins at a position: the sampler starts anew, and must not repeat itself."""
+    digest = hashlib.blake2b(f"{seed}/{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 

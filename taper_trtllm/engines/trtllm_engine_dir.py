@@ -105,7 +105,10 @@ def _fingerprint(path: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """The manifest's, or what the engine itself says."""
     manifest = path / "manifest.json"
     if manifest.exists():
-        return {key: str(value) for key, value in _read_json(manifest)["fingerprint"].items()}
+        fingerprint = _read_json(manifest).get("fingerprint")
+        if not isinstance(fingerprint, dict):
+            raise ConfigError(f"engine.engine_dir: {manifest} has no fingerprint; build it anew")
+        return {key: str(value) for key, value in fingerprint.items()}
     model, build = config["pretrained_config"], config["build_config"]
     return {
         "engine": "trtllm",
