@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -245,8 +246,7 @@ class TaskRunner:
             if not self._has_time:
                 self._cancel()
                 waiting.clear()
-            left_s = max(0.0, self._deadline_s - time.monotonic()) if self._has_time else None
-            for future in wait(self._futures, left_s, FIRST_COMPLETED).done:
+            for future in wait(self._futures, self._left_s, FIRST_COMPLETED).done:
                 self._take(future)
 
     @property
@@ -256,6 +256,12 @@ class TaskRunner:
     @property
     def _has_time(self) -> bool:
         return time.monotonic() < self._deadline_s
+
+    @property
+    def _left_s(self) -> float | None:
+        """Until it is time to stop; None if it never is, or is over."""
+        left_s = self._deadline_s - time.monotonic()
+        return left_s if 0 < left_s < math.inf else None
 
     def _begin(self, task: Task) -> None:
         found = load_task(task, self._directory, self._scale)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -260,6 +260,12 @@ def test_the_command_measures_resumes_and_reports(command, tmp_path, capsys):
     again = {(r["request_rate"], r["seed"]): r for r in json.loads(path.read_text())["runs"]}
     for run in whole["runs"]:
         assert again.get((run["request_rate"], run["seed"]), run) == run
+
+
+def test_runs_that_take_their_time_are_waited_for_without_a_limit(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "_pool", ThreadPoolExecutor)
+    assert main(command) == 0
+    assert "Everything" in (tmp_path / "out" / "tables.md").read_text()
 
 
 def test_a_run_without_time_says_what_is_missing(command, tmp_path, capsys):
