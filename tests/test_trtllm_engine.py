@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -729,6 +730,22 @@ def test_branches_that_are_alike_draw_with_seeds_of_their_own(path):
     first, second, third = texts[0].values()
     assert len({tuple(first), tuple(second), tuple(third)}) == 3
     assert first[:4] != first[4:8], "a place has repeated the one before"
+
+
+@pytest.mark.parametrize("salts", [(None, None), (5, 5), (5, 6), (5, None), (None, 0)])
+def test_kv_is_shared_among_requests_with_the_same_salt_only(path, salts):
+    """The branches of one request share it in any case."""
+    decoder = ToyDecoder()
+    engine = make_engine(path, decoder=decoder)
+    executor = make_executor(engine, "irp-eager")
+    num_computed = [2]  # by the warm-up
+    for i, salt in enumerate(salts):
+        like = {"request_id": f"r{i}", "input_ids": tuple(range(30, 90)), "cache_salt_id": salt}
+        run(engine, executor, [fan_out("like", 4).model_copy(update=like)])
+        num_computed.append(sum(step.prefill.num_tokens for step in decoder.computed.values()))
+    first, second = np.diff(num_computed).tolist()
+    assert 60 < first < 2 * 60
+    assert second < first - 50 if salts[0] == salts[1] else second == first
 
 
 # ------------------------------------------------------------------ construction
