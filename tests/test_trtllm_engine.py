@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from programs import expected_outputs, requests
 from test_executor import SPECS, Collector, alone, fan_out, named, plain, run_to_end
+from test_sequence_table import check_rows
 from toy_engine import next_token, step_ms, toy_profile
 
 from engine_build.calibrate import Calibrator, Grid
@@ -285,6 +286,47 @@ def test_outputs_equal_independent_generation_under_every_schedule(
     )
     executor = make_executor(engine, policy, max_num_requests=slots, kv_reserve_fraction=fraction)
     run(engine, executor, batch)
+
+
+def check_rows_in_every_plan(executor: TaperExecutor) -> None:
+    """What plans read of memory must be what the engine would say."""
+    refresh = executor._sequences.refresh
+
+    def checked() -> None:
+        refresh()
+        executor._sequences.refresh = refresh  # `check_rows` calls it, too
+        check_rows(executor._sequences, executor._running, executor._engine)
+        executor._sequences.refresh = checked
+
+    executor._sequences.refresh = checked
+
+
+@property_test
+@given(
+    drawn=st.lists(requests(), min_size=2, max_size=4),
+    policy=st.sampled_from(SPECS),
+    lease_tokens=st.integers(1, 4),
+    spare=st.integers(0, 20),
+    fraction=st.sampled_from([1.0, 0.5, 0.2]),
+)
+def test_plans_know_what_places_need(path, drawn, policy, lease_tokens, spare, fraction):
+    """Nothing that is held, and the whole next lease of what is not."""
+    batch = greedy(drawn)
+    footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, BLOCK) for r in batch)
+    engine = make_engine(path, num_kv_blocks=footprint + spare, lease_tokens=lease_tokens)
+    executor = make_executor(engine, policy, kv_reserve_fraction=fraction)
+    check_rows_in_every_plan(executor)
+    run(engine, executor, batch)
+
+
+@pytest.mark.parametrize("policy", ["irp-eager", "taper"])
+def test_wide_requests_whose_leases_end_together_get_on_with_little_memory(path, policy):
+    batch = [fan_out(f"wide{i}", 12, max_tokens=90) for i in range(2)]
+    engine = make_engine(path, num_kv_blocks=309, lease_tokens=16)
+    executor = make_executor(engine, policy, kv_reserve_fraction=0.2)
+    check_rows_in_every_plan(executor)
+    run(engine, executor, batch)
+    assert sum(record.num_preempted for record in executor.records) > 0
 
 
 def generate(model: TorchEngine, context: Sequence[int], n: int) -> list[int]:
