@@ -164,7 +164,11 @@ class LiveRequest:
         """Each branch draws from a seed of its own, so equal branches differ."""
         seed = f"{self.request.sampling.seed}/{node.path}".encode()
         digest = hashlib.blake2b(seed, digest_size=8).digest()
-        return SequenceParams(self.request.sampling, int.from_bytes(digest, "little") >> 1)
+        return SequenceParams(
+            self.request.sampling,
+            int.from_bytes(digest, "little") >> 1,
+            self.request.cache_salt_id,
+        )
 
     def survey(self, sequences: SequenceTable) -> None:
         """Lists anew which leaves are ready and what must be prefilled; due after every change.

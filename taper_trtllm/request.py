@@ -125,7 +125,8 @@ class ForkJoinRequest(_Model):
     """A request: prompt, program, sampling and objective.
 
     `max_tokens` alone is one serial stage. Together with `stages` it is a cap that must cover the
-    sum of what they may generate.
+    sum of what they may generate. Engines that share KV between requests share it among those with
+    the same `cache_salt_id` only, or none.
     """
 
     request_id: Annotated[StrictStr, Field(min_length=1, max_length=256)]
@@ -134,6 +135,7 @@ class ForkJoinRequest(_Model):
     max_tokens: Annotated[StrictInt, Field(ge=1)] | None = None
     sampling: SamplingParams = SamplingParams()
     slo: SloTarget | None = None
+    cache_salt_id: Annotated[StrictInt, Field(ge=0, lt=2**63)] | None = None
 
     @property
     def program(self) -> tuple[Stage, ...]:

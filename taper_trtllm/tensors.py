@@ -49,6 +49,7 @@ INPUT_NAMES = (
     "stages",
     "streaming",
     "stop_token_ids",
+    "cache_salt_id",
     *_SAMPLING_FIELDS,
     *_SLO_FIELDS,
 )
@@ -92,6 +93,7 @@ def decode_request(
         "sampling": _sampling(tensors, tokenizer),
         "slo": _slo(tensors, config),
         "max_tokens": _scalar(tensors, "max_tokens"),
+        "cache_salt_id": _scalar(tensors, "cache_salt_id"),
     }
     stages = _scalar(tensors, "stages")
     if stages is not None:

@@ -36,6 +36,7 @@ _DTYPES: dict[str, tuple[str, Any]] = {
     "slo_ttft_ms": ("FP32", np.float32),
     "slo_tpot_ms": ("FP32", np.float32),
     "slo_stretch": ("FP32", np.float32),
+    "cache_salt_id": ("INT64", np.int64),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import defaultdict
 
 import pytest
@@ -13,10 +14,11 @@ from toy_engine import ToyEngine, next_token, toy_profile
 
 from taper_trtllm.admission import POLICIES
 from taper_trtllm.batch import RefusalReason
-from taper_trtllm.config import SchedulerConfig
+from taper_trtllm.config import ConfigError, SchedulerConfig, ServingConfig
 from taper_trtllm.executor import ExecutorThread, TaperExecutor
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.output import RequestOutput
+from taper_trtllm.profile import ProfileError
 from taper_trtllm.request import (
     Branch,
     ForkJoinRequest,
@@ -389,6 +391,68 @@ def test_a_broken_engine_answers_every_open_request():
     assert {collector.last(f"p{i}").finish_reason for i in range(4)} == {"error"}
     with pytest.raises(ExecutorClosedError, match="fell off the bus"):
         executor.submit(plain("late"))
+
+
+@pytest.mark.parametrize(
+    ("is_broken", "message"), [(True, "fell off the bus"), (False, "shutting down")]
+)
+def test_an_engine_that_does_not_come_down_keeps_no_answer_back(is_broken, message):
+    """What a turn has to say goes out before the engine, which may be lost, is asked to end."""
+    may_end, has_said_all = threading.Event(), threading.Event()
+
+    class HungEngine(ToyEngine):
+        def shutdown(self):
+            may_end.wait(30)
+            super().shutdown()
+
+    engine, collector = HungEngine(), Collector()
+    executor = make_executor(engine, max_num_requests=2)
+    names = [f"p{i}" for i in range(4)]
+    for name in names:
+        executor.submit(plain(name, 1000), collector)
+    executor.run_once()
+
+    def after_turn(record):
+        if all(collector.outputs[name] and collector.last(name).finished for name in names):
+            has_said_all.set()
+
+    thread = ExecutorThread(executor, after_turn)
+    engine.break_next = is_broken
+    if not is_broken:
+        thread._stop.set()
+    thread.start()
+    assert has_said_all.wait(10), "the answers wait for the engine"
+    assert thread._thread.is_alive() and all(message in collector.last(n).error for n in names)
+    may_end.set()
+    thread._thread.join(timeout=30)
+    assert not thread._thread.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("fingerprint", "scheduler", "error"),
+    [
+        ({"engine": "other"}, SchedulerConfig(), ProfileError),
+        ({"engine": "toy"}, SchedulerConfig(max_batch_size=257), ConfigError),
+    ],
+)
+def test_an_engine_that_cannot_be_served_is_shut_down(
+    tmp_path, monkeypatch, fingerprint, scheduler, error
+):
+    """Other ranks of it would wait for ever."""
+
+    class CountedEngine(ToyEngine):
+        num_shutdowns = 0
+
+        def shutdown(self):
+            self.num_shutdowns += 1
+
+    engine = CountedEngine()
+    monkeypatch.setattr("taper_trtllm.executor.create_engine", lambda config: engine)
+    path = tmp_path / "profile.json"
+    PROFILE.model_copy(update={"fingerprint": fingerprint}).save(path)
+    with pytest.raises(error):
+        TaperExecutor.from_config(ServingConfig(scheduler=scheduler, profile=path))
+    assert engine.num_shutdowns == 1
 
 
 def test_a_request_that_the_engine_refuses_is_answered_too():

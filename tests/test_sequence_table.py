@@ -9,6 +9,7 @@ from toy_engine import ToyEngine, toy_profile
 
 from taper_trtllm.admission import POLICIES
 from taper_trtllm.config import SchedulerConfig
+from taper_trtllm.engines.paged_sequences import PagedSequences
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.fork_join import BranchStatus
 from taper_trtllm.kv_budget import serial_footprint_blocks
@@ -19,8 +20,8 @@ from taper_trtllm.sequence_table import SequenceTable
 SPECS = [p.replace(":N", ":2").replace(":F", ":0.9") for p in POLICIES]
 
 
-def check_rows(table: SequenceTable, running: list[LiveRequest], engine: ToyEngine) -> None:
-    """Every row against the engine and the branch."""
+def check_rows(table: SequenceTable, running: list[LiveRequest], engine: PagedSequences) -> None:
+    """Every row against the engine and the branch, and places have what they need."""
     table.refresh()
     live = [sequence for request in running for sequence in request.sequences()]
     assert {s.sequence_id for s in live} == set(engine._sequences) == set(table._sequences)
@@ -36,7 +37,8 @@ def check_rows(table: SequenceTable, running: list[LiveRequest], engine: ToyEngi
             assert row["num_generated"] == node.num_generated
             assert row["num_stage_tokens_left"] == node.num_stage_tokens_left
             if row["num_tokens"] - row["num_computed"] == 1:
-                assert row["blocks_needed"] == engine.num_blocks_needed(sequence_id, 1)
+                needed = engine.num_blocks_needed(sequence_id, table.lease_of(sequence))
+                assert row["blocks_needed"] == (0 if sequence_id in table.holding else needed)
 
 
 def findings(request: LiveRequest) -> tuple:

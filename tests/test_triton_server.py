@@ -255,6 +255,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
         "stop_token_ids: 1000 stop token ids exceed the limit",
     ),
     ({**VALID, "end_id": 512}, "end_id: token id 512"),
+    ({**VALID, "cache_salt_id": -1}, "cache_salt_id: .*greater than or equal to 0"),
 ]
 
 BAD_TENSORS: list[tuple[list[InferInput], str]] = [

@@ -85,7 +85,7 @@ def test_concurrent_programs_equal_independent_greedy_generation(
         for fields in (
             {"input_ids": prompt, "stages": NESTED},
             {"input_ids": prompt, "stages": wide(10, 25)},
-            {"input_ids": prompt * 8, "max_tokens": 60},
+            {"input_ids": prompt * 8, "max_tokens": 60, "cache_salt_id": 2**63 - 1},
             {"input_ids": prompt, "max_tokens": 1},
         )
     ]
@@ -201,6 +201,10 @@ def test_bad_requests_name_the_field_and_harm_nobody(server: TritonServer, alone
         ({"input_ids": PROMPT, "stages": "[{"}, "stages: not valid JSON"),
         ({"text_input": "a", "max_tokens": 4}, "text_input: the served model has no tokenizer"),
         ({"input_ids": PROMPT, "max_tokens": 4, "end_id": 512}, "end_id: token id 512"),
+        (
+            {"input_ids": PROMPT, "max_tokens": 4, "cache_salt_id": -1},
+            "cache_salt_id: .*equal to 0",
+        ),
     ]
     expected = alone.run(input_ids=PROMPT, max_tokens=60)
 

@@ -7,17 +7,20 @@ import functools
 import json
 import random
 import threading
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from programs import expected_outputs, requests
 from test_executor import SPECS, Collector, alone, fan_out, named, plain, run_to_end
+from test_sequence_table import check_rows
 from toy_engine import next_token, step_ms, toy_profile
 
 from engine_build.calibrate import Calibrator, Grid
@@ -53,9 +56,10 @@ from taper_trtllm.engines.base import (
 from taper_trtllm.engines.simulated import SimulatedConfig, StepTimes
 from taper_trtllm.engines.torch_engine import TorchEngine
 from taper_trtllm.engines.trtllm import Place, TrtllmEngine
-from taper_trtllm.engines.trtllm_session import News
+from taper_trtllm.engines.trtllm_session import News, PlaceRequest, TrtllmSession
 from taper_trtllm.executor import ExecutorThread, TaperExecutor
 from taper_trtllm.kv_budget import serial_footprint_blocks
+from taper_trtllm.live_request import LiveRequest
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.profile import load_profile
 from taper_trtllm.request import (
@@ -284,6 +288,47 @@ def test_outputs_equal_independent_generation_under_every_schedule(
     )
     executor = make_executor(engine, policy, max_num_requests=slots, kv_reserve_fraction=fraction)
     run(engine, executor, batch)
+
+
+def check_rows_in_every_plan(executor: TaperExecutor) -> None:
+    """What plans read of memory must be what the engine would say."""
+    refresh = executor._sequences.refresh
+
+    def checked() -> None:
+        refresh()
+        executor._sequences.refresh = refresh  # `check_rows` calls it, too
+        check_rows(executor._sequences, executor._running, executor._engine)
+        executor._sequences.refresh = checked
+
+    executor._sequences.refresh = checked
+
+
+@property_test
+@given(
+    drawn=st.lists(requests(), min_size=2, max_size=4),
+    policy=st.sampled_from(SPECS),
+    lease_tokens=st.integers(1, 4),
+    spare=st.integers(0, 20),
+    fraction=st.sampled_from([1.0, 0.5, 0.2]),
+)
+def test_plans_know_what_places_need(path, drawn, policy, lease_tokens, spare, fraction):
+    """Nothing that is held, and the whole next lease of what is not."""
+    batch = greedy(drawn)
+    footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, BLOCK) for r in batch)
+    engine = make_engine(path, num_kv_blocks=footprint + spare, lease_tokens=lease_tokens)
+    executor = make_executor(engine, policy, kv_reserve_fraction=fraction)
+    check_rows_in_every_plan(executor)
+    run(engine, executor, batch)
+
+
+@pytest.mark.parametrize("policy", ["irp-eager", "taper"])
+def test_wide_requests_whose_leases_end_together_get_on_with_little_memory(path, policy):
+    batch = [fan_out(f"wide{i}", 12, max_tokens=90) for i in range(2)]
+    engine = make_engine(path, num_kv_blocks=309, lease_tokens=16)
+    executor = make_executor(engine, policy, kv_reserve_fraction=0.2)
+    check_rows_in_every_plan(executor)
+    run(engine, executor, batch)
+    assert sum(record.num_preempted for record in executor.records) > 0
 
 
 def generate(model: TorchEngine, context: Sequence[int], n: int) -> list[int]:
@@ -576,6 +621,91 @@ def test_a_preempted_branch_has_lost_its_place(path):
     engine.assert_idle()
 
 
+def test_an_extra_that_is_still_in_prefill_is_dropped_for_its_room(path):
+    engine = make_engine(path, max_num_tokens=16)
+    executor = make_executor(engine, "irp-eager", max_prefill_tokens=512)
+    collector, request = Collector(), fan_out("a", 4, header=40)
+    executor.submit(request, collector)
+    executor.run_once()
+    (live,), table = executor._running, executor._sequences
+    while len(table.holding) < 4:
+        executor.run_once()
+    chain = {live.protected.node, live.state.root}
+    extras = {s.node: s for s in live.sequences() if s.node not in chain}
+    assert len(extras) == 3
+    for sequence in extras.values():
+        assert table.num_computed(sequence) == sequence.num_shared_tokens, "it has begun to draw"
+    before = engine.num_free_blocks
+    assert set(live.drop_extras(table)) == set(extras)
+    assert len(table.holding) == 1
+    assert engine.num_free_blocks - before >= 3 * (40 + 8) // BLOCK
+    run_to_end(executor, engine)
+    assert collector.tokens("a") == alone(request)
+    engine.assert_idle()
+
+
+def test_prompts_begin_within_the_prefill_tokens_of_a_step(path):
+    """A place takes its whole prompt; those that are under way count."""
+    engine = make_engine(path, max_num_tokens=16, start_interval_steps=1)
+    executor = make_executor(
+        engine, max_prefill_tokens=64, prefill_chunking="full", request_admission="slots"
+    )
+    prompts = [plain(f"p{i}", prompt=40) for i in range(6)]
+    batch = [r.model_copy(update={"input_ids": (i, *r.input_ids)}) for i, r in enumerate(prompts)]
+    collector = Collector()
+    for request in batch:
+        executor.submit(request, collector)
+    run_to_end(executor, engine)
+    for request in batch:
+        assert collector.tokens(request.request_id) == alone(request)
+    num_begun, num_under_way = 0, 0
+    for planned in engine.plans:
+        num_before = 0
+        for chunk in planned.plan.prefill:
+            if chunk.sequence_id in planned.placed:
+                num_under_way += 1
+            else:
+                num_begun += 1
+                assert num_before < 64, "more prompts than a step has tokens for"
+            num_before += chunk.num_tokens
+    assert num_begun >= 6 and num_under_way > 6
+
+
+def test_a_place_in_prefill_is_not_left_out(path):
+    """Hysteresis begins at its first token: before, there was nothing to take back."""
+    engine = make_engine(path, max_num_tokens=9, hysteresis_steps=2)
+    params = SequenceParams(SamplingParams(), seed=0)
+    engine.add_sequence(0, 0, range(40), params)
+    engine.add_sequence(1, 1, [3], params)
+    without = StepPlan(decode=(1,), max_new_tokens=(50,), num_protected=1)
+    engine.step(without)
+    engine.step(replace(without, prefill=(PrefillChunk(0, 40, True, max_new_tokens=50),)))
+    num_left_out = 0
+    while engine.num_tokens(0) == 40:
+        assert engine.step(without).holding == {0, 1}
+        num_left_out += 1
+    assert num_left_out > 2
+    assert engine.step(without).holding == {0, 1}
+    assert engine.step(without).holding == {1}
+
+
+def test_places_have_seeds_by_position_through_suspensions(path):
+    """The sampler starts anew with every place: with one seed it would repeat its stream."""
+    engine = make_engine(path, num_kv_blocks=100, lease_tokens=4)
+    executor = make_executor(engine, "irp-eager", kv_reserve_fraction=0.2)
+    asked: list[PlaceRequest] = []
+    ask, suspend = engine.session.ask, executor._planner._suspend
+    suspended: list[LiveRequest] = []
+    engine.session.ask = lambda place: (asked.append(place), ask(place))[1]
+    executor._planner._suspend = lambda live: (suspended.append(live), suspend(live))
+    run(engine, executor, [fan_out("wide", 4, 60), *(plain(f"p{i}", 200) for i in range(3))])
+    prompts_by_seed: dict[int, set[tuple[int, ...]]] = defaultdict(set)
+    for place in asked:
+        prompts_by_seed[place.seed].add(tuple(place.token_ids))
+    assert len(prompts_by_seed) > 50 and any(live.has_started_decoding for live in suspended)
+    assert max(map(len, prompts_by_seed.values())) == 1, "a seed serves two texts"
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_prompt_that_tensorrt_llm_refuses_fails_alone(path, mode):
     """Whether it refuses when it is asked, or answers with an error."""
@@ -663,6 +793,34 @@ def test_a_shutdown_does_not_wait_for_long_leases(path):
     assert engine.runtime.num_active == 0 and engine.runtime.num_iterations < 12
 
 
+def cancelled_in_prefill(engine: WatchedEngine) -> TaperExecutor:
+    """Its only request was cancelled amid its prompt, which the runtime still computes."""
+    executor = make_executor(engine)
+    collector = Collector()
+    executor.submit(plain("long", 2000, prompt=90), collector)
+    executor.run_once()
+    executor.cancel("long")
+    assert executor.run_once() is None
+    assert collector.last("long").finish_reason == "cancelled"
+    assert engine._unwanted and engine.runtime.num_active == 1
+    return executor
+
+
+def test_an_idle_engine_ends_what_was_cancelled_in_prefill(path):
+    engine = make_engine(path, max_num_tokens=16)
+    executor = cancelled_in_prefill(engine)
+    for _ in range(10):
+        assert executor.run_once() is None
+    engine.assert_idle()
+    assert engine.runtime.num_iterations < 12
+
+
+def test_a_shutdown_does_not_wait_for_what_was_cancelled_in_prefill(path):
+    engine = make_engine(path, max_num_tokens=16)
+    cancelled_in_prefill(engine).shutdown()
+    assert engine.runtime.num_active == 0 and engine.runtime.num_iterations < 12
+
+
 def test_in_real_time_with_a_loop_of_its_own(path):
     engine = make_engine(path, drive="threaded", lease_tokens=4, iteration_timeout_s=30)
     executor = make_executor(engine)
@@ -731,6 +889,22 @@ def test_branches_that_are_alike_draw_with_seeds_of_their_own(path):
     assert first[:4] != first[4:8], "a place has repeated the one before"
 
 
+@pytest.mark.parametrize("salts", [(None, None), (5, 5), (5, 6), (5, None), (None, 0)])
+def test_kv_is_shared_among_requests_with_the_same_salt_only(path, salts):
+    """The branches of one request share it in any case."""
+    decoder = ToyDecoder()
+    engine = make_engine(path, decoder=decoder)
+    executor = make_executor(engine, "irp-eager")
+    num_computed = [2]  # by the warm-up
+    for i, salt in enumerate(salts):
+        like = {"request_id": f"r{i}", "input_ids": tuple(range(30, 90)), "cache_salt_id": salt}
+        run(engine, executor, [fan_out("like", 4).model_copy(update=like)])
+        num_computed.append(sum(step.prefill.num_tokens for step in decoder.computed.values()))
+    first, second = np.diff(num_computed).tolist()
+    assert 60 < first < 2 * 60
+    assert second < first - 50 if salts[0] == salts[1] else second == first
+
+
 # ------------------------------------------------------------------ construction
 
 
@@ -782,6 +956,19 @@ def test_missing_pieces_and_wrong_settings_are_named(path, tmp_path):
     config = {**engine, "bindings": "perf.trtllm_fake.bindings"}
     with pytest.raises(ConfigError, match=r"engine.engine_dir: TensorRT-LLM cannot run"):
         create_engine(parse_config({"engine": config}).engine)
+
+
+def test_an_engine_that_fails_in_its_warm_up_is_shut_down(path):
+    class BrokenDecoder(ToyDecoder):
+        def step(self, step: Step) -> StepOutput:
+            raise RuntimeError("NaN logits")
+
+    end = TrtllmSession.shutdown
+    with mock.patch.object(TrtllmSession, "shutdown", autospec=True, side_effect=end) as shutdown:
+        with pytest.raises(EngineError, match=r"the engine cannot run: .*NaN logits"):
+            make_engine(path, decoder=BrokenDecoder())
+        (session,) = shutdown.call_args.args
+    assert not session.takes_requests
 
 
 # ------------------------------------------------------------------ calibration
