@@ -148,15 +148,16 @@ def checks(workload: Workload, config: ServingConfig, forked: Run, independent: 
     """The claims about one workload."""
     block = config.engine.tokens_per_block
     num_prompt, num_branches = len(workload.prompt), len(workload.headers)
-    own_len = num_prompt % block + _HEADER_LEN + workload.max_tokens
+    own_len = (num_prompt - 1) % block + 1 + _HEADER_LEN + workload.max_tokens
     most_blocks = -(-num_prompt // block) + num_branches * -(-own_len // block)
     held, held_apart = forked.max_blocks, independent.max_blocks
     metrics = json.loads(forked.answers[0]["request_metrics"])
+    num_shared = num_prompt - 1  # each branch computes the last token with its header
     return [
         exactly(
             "forked: tokens prefilled (prompt + headers)",
             forked.num_prefill_tokens,
-            num_prompt + num_branches * _HEADER_LEN,
+            num_shared + num_branches * (1 + _HEADER_LEN),
         ),
         exactly(
             "independent: tokens prefilled",
@@ -168,12 +169,12 @@ def checks(workload: Workload, config: ServingConfig, forked: Run, independent: 
         exactly(
             "forked: prefix tokens reused, reported",
             metrics["num_reused_tokens"],
-            num_branches * num_prompt,
+            num_branches * num_shared,
         ),
         exactly(
             "forked: prefix blocks reused, reported",
             forked.answers[0]["kv_cache_reused_block"],
-            num_branches * (num_prompt // block),
+            num_branches * (num_shared // block),
         ),
         exactly("forked: tokens recomputed", metrics["num_recomputed_tokens"], 0),
         exactly("same tokens both ways", forked.texts == independent.texts, True),

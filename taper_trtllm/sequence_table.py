@@ -223,7 +223,7 @@ class SequenceTable:
         return taken
 
     def _move(self, decode_rows: IntArray, plan: StepPlan, result: StepResult) -> None:
-        others = {chunk.sequence_id for chunk in plan.prefill}
+        others = {chunk.sequence_id for chunk in plan.prefill} | result.vacated
         if self.holding or result.holding:
             stayed = self.holding & result.holding
             others.update((self.holding | result.holding) - stayed, result.preempted)

@@ -331,6 +331,29 @@ def test_wide_requests_whose_leases_end_together_get_on_with_little_memory(path,
     assert sum(record.num_preempted for record in executor.records) > 0
 
 
+def test_plans_know_what_is_needed_where_a_cancel_acts_late(path):
+    """TensorRT-LLM may let one more step run; the place keeps its blocks for that long."""
+    engine = make_engine(path, num_kv_blocks=159, lease_tokens=16, hysteresis_steps=1)
+    executor = make_executor(engine, "taper", kv_reserve_fraction=0.2)
+    cancel, step = engine.session.cancel, engine.step
+    late: list[int] = []
+    num_vacated = 0
+
+    def step_after_late_cancels(plan: StepPlan) -> StepResult:
+        nonlocal num_vacated
+        for request_id in late:
+            cancel(request_id)
+        late.clear()
+        result = step(plan)
+        num_vacated += len(result.vacated)
+        return result
+
+    engine.session.cancel, engine.step = late.append, step_after_late_cancels
+    check_rows_in_every_plan(executor)
+    run(engine, executor, [fan_out(f"r{i}", 8 + i, 45, header=6 * i + 1) for i in range(3)])
+    assert num_vacated > 10
+
+
 def generate(model: TorchEngine, context: Sequence[int], n: int) -> list[int]:
     """Independent, unbatched, greedy."""
     model.add_sequence(0, 0, context, SequenceParams(SamplingParams(), seed=0))

@@ -182,6 +182,7 @@ class StepResult:
         preempted: Sequences whose KV the engine dropped by itself; their tokens are kept.
         failed: Sequences that cannot go on, with the reason.
         holding: Sequences that keep their place unless the next plan leaves them out.
+        vacated: Sequences whose place was taken back and has come to its end: its blocks are free.
         audits: Iterations of which the engine gave account; None where the plan says it all.
     """
 
@@ -195,6 +196,7 @@ class StepResult:
     preempted: tuple[SequenceId, ...] = ()
     failed: Mapping[SequenceId, str] = field(default_factory=dict)
     holding: frozenset[SequenceId] = frozenset()
+    vacated: frozenset[SequenceId] = frozenset()
     audits: tuple[IterationAudit, ...] | None = None
 
 

@@ -115,6 +115,7 @@ class _Outcome:
     prefilled: dict[SequenceId, int] = field(default_factory=dict)
     decoded: list[SequenceId] = field(default_factory=list)
     failed: dict[SequenceId, str] = field(default_factory=dict)
+    vacated: set[SequenceId] = field(default_factory=set)
 
 
 class TrtllmEngine(PagedSequences):
@@ -461,6 +462,8 @@ class TrtllmEngine(PagedSequences):
         if result.is_final:
             # A cancel clears what was not reported; a place that ended by itself lost nothing.
             self.losses.num_lost_tokens += place.is_revoked and self._was_cancelled(result)
+            if place.is_revoked:
+                outcome.vacated.add(place.sequence_id)
             self._close(request_id)
 
     def _append(self, place: Place, token_ids: list[int], outcome: _Outcome) -> None:
@@ -520,6 +523,7 @@ class TrtllmEngine(PagedSequences):
             holding=frozenset(
                 place.sequence_id for place in self._places.values() if not place.is_revoked
             ),
+            vacated=frozenset(outcome.vacated),
             audits=None if self._is_lockstep else audits,
         )
 
