@@ -241,6 +241,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _save(results: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
+    results.sort(key=lambda r: [r[name] for name in Run.__slots__])
+    save_json(
+        {
+            "schema_version": SCHEMA_VERSION,
+            "git_sha": git_sha(),
+            "warmup_s": arguments.warmup_s,
+            "duration_s": arguments.duration_s,
+            "results": results,
+        },
+        arguments.output_dir / "leases.json",
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs the study; returns the exit status."""
     arguments = _parser().parse_args(argv)
@@ -265,20 +279,9 @@ def main(argv: list[str] | None = None) -> int:
         for future in as_completed(futures):
             run = futures[future]
             results.append(future.result())
+            _save(results, arguments)  # a run that is stopped leaves what it has
             text = f"{run.cell} {run.policy} {run.mode} {run.lease_tokens or ''}"
             progress.update(task, advance=1, description=text)
-    results.sort(key=lambda r: [r[name] for name in Run.__slots__])
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    save_json(
-        {
-            "schema_version": SCHEMA_VERSION,
-            "git_sha": git_sha(),
-            "warmup_s": arguments.warmup_s,
-            "duration_s": arguments.duration_s,
-            "results": results,
-        },
-        arguments.output_dir / "leases.json",
-    )
     plot(results, arguments.output_dir / "leases.png")
     Console(width=_TABLE_WIDTH).print(table_of(results))
     print(f"results: {arguments.output_dir}")
