@@ -242,9 +242,9 @@ class Calibrator:
         for _ in range(num_chunks):
             child, ids = next(self._ids), self._random_ids(num_tokens + 1)
             if base:
-                self.engine.fork_sequence(base[0], child, context, ids, params())
+                self.engine.fork_sequence(base[0], child, context, ids, params(base[0]))
             else:
-                self.engine.add_sequence(child, child, ids, params())
+                self.engine.add_sequence(child, child, ids, params(child))
             chunks.append(PrefillChunk(child, num_tokens, sample=False))
         return chunks
 
@@ -290,7 +290,7 @@ class Calibrator:
         for context in contexts:
             sequence = next(self._ids)
             ids = self._random_ids(max(context - draw, 1))
-            self.engine.add_sequence(sequence, sequence, ids, params())
+            self.engine.add_sequence(sequence, sequence, ids, params(sequence))
             sequences.append(sequence)
             self._meter.compute(sequence, draw=draw)
         return sequences

@@ -13,8 +13,8 @@ from engine_build.machine import Gpu, existing_ancestor, free_disk_bytes, instal
 from engine_build.memory_plan import MemoryPlan, most_num_tokens, weight_bytes
 from engine_build.model_shape import ModelShape
 from engine_build.step_runner import STATE_FILE
+from taper_trtllm.engines.trtllm_engine_dir import SUPPORTED_TENSORRT_LLM
 
-SUPPORTED_TENSORRT_LLM = "1.2"
 _RECORDED_TENSORRT_LLM = "1.2.1"
 _SUPPORTED_TENSORRT = "10.14"
 _FP8_CAPABILITY = (8, 9)  # Ada; below it the builder drops FP8 attention silently

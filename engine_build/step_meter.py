@@ -195,7 +195,7 @@ class LeaseMeter(StepMeter):
         for sequence_id in sequence_ids:
             fork = next(self._ids)
             num_shared = self.engine.num_computed_tokens(sequence_id)
-            self.engine.fork_sequence(sequence_id, fork, num_shared, (), params())
+            self.engine.fork_sequence(sequence_id, fork, num_shared, (), params(sequence_id))
             forks.append(fork)
         return forks
 
@@ -211,6 +211,6 @@ def make_meter(engine: Engine, ids: Iterator[SequenceId]) -> StepMeter:
     )
 
 
-def params() -> SequenceParams:
-    """How measured sequences sample: to no end."""
-    return SequenceParams(SamplingParams(ignore_eos=True), seed=0)
+def params(root: SequenceId) -> SequenceParams:
+    """How measured sequences sample: to no end, and sharing KV with those of the same root only."""
+    return SequenceParams(SamplingParams(ignore_eos=True), seed=0, cache_salt_id=root)

@@ -29,8 +29,8 @@ from engine_build.contract import DEFAULT_PATH, Confirmation, Contract, load_con
 from engine_build.differences import find_differences
 from engine_build.surface import read_module, read_stub
 from taper_trtllm.config import ConfigError
+from taper_trtllm.engines.trtllm_engine_dir import SUPPORTED_TENSORRT_LLM
 
-_LINE = "1.2"
 _STYLES = {"passed": "green", "FAILED": "bold red", "not checked": "yellow"}
 
 
@@ -123,11 +123,11 @@ def _read_version(root: Path) -> str:
 
 
 def _check_version(version: str) -> Check:
-    if version.split(".")[:2] == _LINE.split("."):
+    if version.split(".")[:2] == SUPPORTED_TENSORRT_LLM.split("."):
         return Check("version", "passed", (version,))
     reason = (
-        f"{version} is not of the {_LINE} line: compiled engines are removed from about 1.3.0rc22. "
-        "Install tensorrt-llm==1.2.1, or serve through the PyTorch flow"
+        f"{version} is not of the {SUPPORTED_TENSORRT_LLM} line: compiled engines are removed from "
+        "about 1.3.0rc22. Install tensorrt-llm==1.2.1, or serve through the PyTorch flow"
     )
     return Check("version", "FAILED", (reason,))
 

@@ -161,6 +161,7 @@ class OfferedLoad:
                 row.stages, config.length_scale, itertools.repeat(0), _VOCAB_SIZE
             ),
             sampling=SamplingParams(ignore_eos=True),
+            cache_salt_id=len(self._offers),  # all text is one token: nothing else keeps them apart
         )
         check_request(request, config.limits, _VOCAB_SIZE)
         footprint = serial_footprint_blocks(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +16,6 @@ from perf.trtllm_fake.engine_dir import (
     write_engine_dir,
 )
 from taper_trtllm.config import RandomModelConfig, TrtllmEngineConfig
-from taper_trtllm.engines.base import SequenceId, SequenceParams
 from taper_trtllm.engines.simulated import SimulatedConfig
 from taper_trtllm.engines.trtllm import TrtllmEngine
 from taper_trtllm.profile import LatencyProfile
@@ -74,29 +72,6 @@ class VirtualTrtllmEngine(TrtllmEngine):
     def runtime_now_s(self) -> float:
         """Virtual time."""
         return float(self.session.executor.runtime.now_s())
-
-    def add_sequence(
-        self,
-        sequence_id: SequenceId,
-        family: int,
-        token_ids: Sequence[int],
-        params: SequenceParams,
-    ) -> None:
-        """See `Engine`. Prompts are made up of one token: only a salt keeps requests apart."""
-        super().add_sequence(sequence_id, family, token_ids, replace(params, cache_salt_id=family))
-
-    def fork_sequence(
-        self,
-        parent_id: SequenceId,
-        child_id: SequenceId,
-        num_shared_tokens: int,
-        suffix_ids: Sequence[int],
-        params: SequenceParams,
-    ) -> None:
-        """See `Engine`."""
-        salt = self._sequences[parent_id].params.cache_salt_id
-        params = replace(params, cache_salt_id=salt)
-        super().fork_sequence(parent_id, child_id, num_shared_tokens, suffix_ids, params)
 
     def advance_to(self, time_s: float) -> None:
         """Lets time pass without work; never back."""

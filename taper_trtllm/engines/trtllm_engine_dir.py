@@ -14,7 +14,8 @@ from typing import Any
 
 from taper_trtllm.config import ConfigError
 
-SUPPORTED_VERSION = "1.2."
+SUPPORTED_TENSORRT_LLM = "1.2"
+"""The last line of TensorRT-LLM with a compiled backend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def read_engine_dir(path: Path) -> EngineDir:
     """
     config = _read_json(path / "config.json")
     version = str(config.get("version", "unknown"))
-    if not version.startswith(SUPPORTED_VERSION):
+    if not version.startswith(f"{SUPPORTED_TENSORRT_LLM}."):
         raise ConfigError(
             f"engine.engine_dir: {path} was built with TensorRT-LLM {version}; compiled engines "
             "are served with 1.2 only (later versions have no compiled backend): build it anew "
