@@ -28,8 +28,8 @@ class Tokenizer(Protocol):
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Token ids of a text; with the model's own prefix for the beginning of a prompt."""
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of the ids, special tokens left out."""
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of the ids; special tokens are left out, unless that is switched off."""
 
 
 class ByteTokenizer:
@@ -41,8 +41,8 @@ class ByteTokenizer:
         """The text's bytes."""
         return list(text.encode())
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """The bytes among the ids, as UTF-8."""
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The bytes among the ids, as UTF-8; there are no special tokens."""
         return bytes(i for i in token_ids if i < 256).decode(errors="replace")
 
 
@@ -64,10 +64,12 @@ class HuggingFaceTokenizer:
         """See `Tokenizer.encode`."""
         return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
-    def decode(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """See `Tokenizer.decode`."""
         text: str = self._tokenizer.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            list(token_ids),
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
         return text
 
@@ -85,37 +87,54 @@ class IncrementalDecoder:
     """Text of a growing list of tokens, piece by piece; the pieces add up to the whole text.
 
     ```
-    token_ids  [ context | sent | new ]
-                        ^ start  ^ read
+    window  [ context | new ]     context: tokens before the last cut between characters
     ```
-    New tokens are decoded together with the tokens sent last, because what a token adds can depend
-    on the one before (spaces), and are held back while they end inside a character.
+    New tokens are decoded together with some before them, because what a token adds can depend on
+    the one before (spaces). A character is held back while its bytes are incomplete.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
-        self._token_ids: list[int] = []
-        self._start = 0
-        self._read = 0
+        self._skip_special_tokens = skip_special_tokens
+        self._window: list[int] = []
+        self._num_context_tokens = 0
+        self._num_sent_characters = 0  # of the window's text
 
     def push(self, token_ids: Sequence[int], *, last: bool) -> str:
         """Adds tokens and returns the text that is complete; all that is left if `last`."""
-        self._token_ids += token_ids
-        end = len(self._token_ids) if last else self._complete_end()
-        sent = self._tokenizer.decode(self._token_ids[self._start : self._read])
-        text = self._tokenizer.decode(self._token_ids[self._start : end])
-        if end > self._read:
-            self._start, self._read = self._read, end
-        return text[len(sent) :]
+        self._window += token_ids
+        text = self._decode(len(self._window))
+        cut = len(self._window) if last else self._last_cut(text)
+        end = len(text) if cut == len(self._window) else len(text.rstrip(_REPLACEMENT))
+        piece = text[self._num_sent_characters : end]
+        self._num_sent_characters = max(self._num_sent_characters, end)
+        if cut > self._num_context_tokens:
+            self._move_context(cut, text)
+        return piece
 
-    def _complete_end(self) -> int:
-        """Where the tokens end that do not end inside a character."""
-        end = len(self._token_ids)
-        for cut in range(end, max(self._read, end - _MAX_CHARACTER_TOKENS), -1):
-            text = self._tokenizer.decode(self._token_ids[self._start : cut])
-            if not text.endswith(_REPLACEMENT):
+    def _last_cut(self, text: str) -> int:
+        """The last place between tokens of the window that is not inside a character."""
+        end = len(self._window)
+        if not text.endswith(_REPLACEMENT):
+            return end
+        for cut in range(end - 1, max(self._num_context_tokens, end - _MAX_CHARACTER_TOKENS), -1):
+            if not self._decode(cut).endswith(_REPLACEMENT):
                 return cut
-        return end if end - self._read > _MAX_HELD_TOKENS else self._read
+        num_held = end - self._num_context_tokens
+        return end if num_held > _MAX_HELD_TOKENS else self._num_context_tokens
+
+    def _move_context(self, cut: int, text: str) -> None:
+        num_behind = self._num_sent_characters - len(
+            text if cut == len(self._window) else self._decode(cut)
+        )
+        del self._window[: self._num_context_tokens]
+        self._num_context_tokens = cut - self._num_context_tokens
+        self._num_sent_characters = len(self._decode(self._num_context_tokens)) + num_behind
+
+    def _decode(self, end: int) -> str:
+        return self._tokenizer.decode(
+            self._window[:end], skip_special_tokens=self._skip_special_tokens
+        )
 
 
 def encode_text(

@@ -13,6 +13,8 @@ PACKAGE = Path(taper_trtllm.__file__).parent
 PURE = {
     "slo",
     "fork_join",
+    "fork_format",
+    "tag_scanner",
     "predictor",
     "prefill_cost",
     "step_correction",
@@ -25,6 +27,10 @@ FLOORS = [  # imports run downward only
     {
         "config",
         "slo",
+        "tokenizer",
+        "tag_scanner",
+        "fork_format",
+        "fork_format_file",
         "fork_join",
         "predictor",
         "prefill_cost",
@@ -49,7 +55,6 @@ FLOORS = [  # imports run downward only
         "metrics",
         "request_gate",
         "step_trace",
-        "tokenizer",
     },
     {"lease_terms", "start_gate", "tensors", "waiting_queue"},
     {"planner"},
