@@ -175,6 +175,7 @@ class ServingConfig(_Model):
         slo: Objective of requests that bring none.
         profile: Latency profile of the engine (`python -m engine_build calibrate`).
         step_log: JSONL file that receives every step record; None for none.
+        fork_formats: YAML file of further fork formats (`fork_format.py`).
     """
 
     engine: EngineConfig = TorchEngineConfig()
@@ -183,6 +184,7 @@ class ServingConfig(_Model):
     slo: SloTarget = SloTarget(ttft_ms=2000, tpot_ms=50)
     profile: Path | None = None
     step_log: Path | None = None
+    fork_formats: Path | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -252,6 +254,7 @@ def load_config(path: str | Path) -> ServingConfig:
         update={
             "profile": config.profile and base / config.profile,
             "step_log": config.step_log and base / config.step_log,
+            "fork_formats": config.fork_formats and base / config.fork_formats,
             "engine": _resolve(config.engine, base),
         }
     )

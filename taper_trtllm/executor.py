@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,9 +28,11 @@ from taper_trtllm.engines.base import (
     StepPlan,
     StepResult,
 )
+from taper_trtllm.fork_format import FORMATS, BoundForkFormat
+from taper_trtllm.fork_format_file import load_fork_formats
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.live_request import LiveRequest, OutputCallback
-from taper_trtllm.output import BranchOutput, FinishReason, RequestOutput
+from taper_trtllm.output import BranchOutput, FinishReason, RequestOutput, StepProgress
 from taper_trtllm.planner import PlannedStep, StepPlanner
 from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.profile import LatencyProfile, load_profile
@@ -39,12 +41,14 @@ from taper_trtllm.request import (
     RequestLimits,
     SloTarget,
 )
-from taper_trtllm.request_gate import RequestGate
+from taper_trtllm.request_gate import FormatTerms, RequestGate
 from taper_trtllm.sequence_table import SequenceTable
 from taper_trtllm.slo import SlackTracker
 from taper_trtllm.start_gate import StartGate
 from taper_trtllm.step_trace import StepLog
+from taper_trtllm.tokenizer import load_tokenizer
 from taper_trtllm.waiting_queue import WaitingQueue
+from taper_trtllm.written_forks import WrittenForks
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +91,7 @@ class TaperExecutor:
         slo: Objective of requests that bring none.
         clock: Seconds, monotonic; the engine's own by default. Must be the clock of
             `StepResult.completed_at_s`.
+        fork_formats: Formats in which requests may let the model write forks.
 
     Raises:
         ConfigError: The policy is unknown or the engine cannot run the configured batch.
@@ -100,6 +105,7 @@ class TaperExecutor:
         limits: RequestLimits,
         slo: SloTarget,
         clock: Callable[[], float] | None = None,
+        fork_formats: Iterable[BoundForkFormat] = (),
     ) -> None:
         if scheduler.max_batch_size > engine.capabilities.max_batch_size:
             raise ConfigError("scheduler.max_batch_size exceeds the engine's max_batch_size")
@@ -121,7 +127,14 @@ class TaperExecutor:
         self._lock = threading.Lock()
         self._submissions: deque[_Submission] = deque()
         self._cancellations: deque[str] = deque()
-        self._gate = RequestGate(limits, engine.capabilities)
+        self._branch_cancellations: deque[tuple[str, str]] = deque()
+        self._limits = limits
+        self._fork_formats = {bound.format.name: bound for bound in fork_formats}
+        self.format_terms = {
+            name: FormatTerms.of(bound, limits, engine.capabilities)
+            for name, bound in self._fork_formats.items()
+        }
+        self._gate = RequestGate(limits, engine.capabilities, self.format_terms)
         self._wake = threading.Event()
         # Owned by the driving thread.
         self._waiting = WaitingQueue(scheduler.late_requests)
@@ -153,7 +166,10 @@ class TaperExecutor:
         engine = create_engine(config.engine)
         try:
             profile.check_fingerprint(engine.fingerprint)
-            executor = cls(engine, profile, config.scheduler, config.limits, config.slo)
+            executor = cls(
+                engine, profile, config.scheduler, config.limits, config.slo,
+                fork_formats=_bind_fork_formats(config),
+            )  # fmt: skip
         except Exception:
             engine.shutdown()  # or its other ranks would wait for ever
             raise
@@ -207,6 +223,15 @@ class TaperExecutor:
             self._cancellations.append(request_id)
         self._wake.set()
 
+    def cancel_branch(self, request_id: str, branch_path: str) -> None:
+        """Ends a branch before the next step; the join goes on without it.
+
+        Branches that are gone, or that the program does not allow to cancel, are ignored.
+        """
+        with self._lock:
+            self._branch_cancellations.append((request_id, branch_path))
+        self._wake.set()
+
     def is_running(self, request_id: str) -> bool | None:
         """True once it was started, False while it is queued, None if it is not open."""
         with self._lock:
@@ -242,7 +267,7 @@ class TaperExecutor:
     def run_once(self) -> StepRecord | None:
         """One iteration: plan, step, observe. None if there was nothing to compute."""
         started_s = self._clock()
-        self._end_cancelled(self._take_notes())
+        self._take_notes(started_s)
         planned = self._plan(started_s)
         if planned.plan.is_empty:
             self._engine.idle()
@@ -300,7 +325,7 @@ class TaperExecutor:
         Sequences are left to the engine's `shutdown`: it may be lost, and nothing is asked of it.
         """
         self._close(message)
-        self._take_notes()
+        self._take_submissions()
         requests = [*self._running, *self._waiting]
         self._running.clear()
         self._waiting.clear()
@@ -313,22 +338,39 @@ class TaperExecutor:
 
     # --------------------------------------------------------------------- intake and start
 
-    def _take_notes(self) -> set[str]:
-        """Queues what was submitted; returns the ids that were cancelled."""
+    def _take_notes(self, now_s: float) -> None:
+        """Queues what was submitted and ends what was cancelled, since the last turn."""
+        self._take_submissions()
+        with self._lock:
+            cancelled = set(self._cancellations)
+            branches = list(self._branch_cancellations)
+            self._cancellations.clear()
+            self._branch_cancellations.clear()
+        if not cancelled and not branches:
+            return
+        open_requests = {r.request.request_id: r for r in [*self._running, *self._waiting]}
+        for request_id, path in branches:
+            if request_id in open_requests and request_id not in cancelled:
+                self._end_branch(open_requests[request_id], path, now_s)
+        for request_id in cancelled & open_requests.keys():
+            self._finish(open_requests[request_id], "cancelled")
+
+    def _take_submissions(self) -> None:
         with self._lock:
             submissions = list(self._submissions)
-            cancelled = set(self._cancellations)
             self._submissions.clear()
-            self._cancellations.clear()
         for submission in submissions:
             self._waiting.append(self._live(submission))
-        return cancelled
 
-    def _end_cancelled(self, request_ids: set[str]) -> None:
-        if request_ids:
-            for request in [*self._running, *self._waiting]:
-                if request.request.request_id in request_ids:
-                    self._finish(request, "cancelled")
+    def _end_branch(self, request: LiveRequest, path: str, now_s: float) -> None:
+        if request.state.is_finished:  # by the cancel of another of its branches
+            return
+        try:
+            request.cancel_branch(self._sequences, path, now_s)
+        except ValueError as error:
+            logger.info("request %r: %s", request.request.request_id, error)
+        if request.state.is_finished:
+            self._finish(request, "completed", request.take_events())
 
     def _live(self, submission: _Submission) -> LiveRequest:
         request = submission.request
@@ -342,11 +384,23 @@ class TaperExecutor:
             on_output=submission.on_output,
             arrival_s=submission.arrival_s,
             max_width=self._policy.max_width,
+            written=self._written_forks(request),
         )
 
+    def _written_forks(self, request: ForkJoinRequest) -> WrittenForks | None:
+        if request.fork_format is None:
+            return None
+        assert request.max_tokens is not None
+        bound = self._fork_formats[request.fork_format]
+        return WrittenForks(bound, request.max_tokens, self._limits)
+
     def _footprint_blocks(self, request: ForkJoinRequest) -> int:
+        terms = self.format_terms.get(request.fork_format or "")
         return serial_footprint_blocks(
-            len(request.input_ids), request.program, self._engine.capabilities.tokens_per_block
+            len(request.input_ids),
+            request.program,
+            self._engine.capabilities.tokens_per_block,
+            0 if terms is None else terms.max_depth,
         )
 
     def _start_waiting(self, now_s: float) -> None:
@@ -390,7 +444,7 @@ class TaperExecutor:
         failures = self._failures(owners, result)
         outputs = self._advance(owners, planned, result)
         self._waiting.observe()
-        self._deliver(outputs, failures)
+        self._deliver(outputs, failures, step_ms, result)
         record = self._record(planned, result, started_s, planned_s, step_ms)
         self.records.append(record)
         self._notify(record)
@@ -454,15 +508,23 @@ class TaperExecutor:
         }
 
     def _deliver(
-        self, outputs: dict[LiveRequest, list[BranchOutput]], failures: dict[LiveRequest, str]
+        self,
+        outputs: dict[LiveRequest, list[BranchOutput]],
+        failures: dict[LiveRequest, str],
+        step_ms: float,
+        result: StepResult,
     ) -> None:
         for request, message in failures.items():
             self._finish(request, "error", tuple(outputs.pop(request, ())), message)
         for request, branches in outputs.items():
             if request.state.is_finished:
                 self._finish(request, "completed", tuple(branches))
-            else:
-                self._emit(request, RequestOutput(request.request.request_id, tuple(branches)))
+                continue
+            progress = _progress(request, branches, step_ms, result)
+            self._emit(
+                request,
+                RequestOutput(request.request.request_id, tuple(branches), progress=progress),
+            )
 
     def _finish(
         self,
@@ -537,6 +599,32 @@ class TaperExecutor:
             correction_factor=self._predictor.correction_factor,
             policy=self._policy.name,
         )
+
+
+def _bind_fork_formats(config: ServingConfig) -> Iterator[BoundForkFormat]:
+    """The shipped formats and those of the configuration; none without a tokenizer."""
+    tokenizer = load_tokenizer(config.engine)
+    formats = {**FORMATS}
+    if config.fork_formats is not None:
+        formats |= {form.name: form for form in load_fork_formats(config.fork_formats)}
+    if tokenizer is not None:
+        for form in formats.values():
+            yield BoundForkFormat(form, tokenizer)
+
+
+def _progress(
+    request: LiveRequest, outputs: Iterable[BranchOutput], step_ms: float, result: StepResult
+) -> StepProgress | None:
+    """For those who watch: how the request stands after a step."""
+    if not request.request.events:
+        return None
+    slack_s = request.tracker.slack_s(result.completed_at_s)
+    return StepProgress(
+        step_ms=step_ms,
+        slack_ms=None if slack_s == float("inf") else slack_s * 1e3,
+        width=sum(not output.event for output in outputs),
+        batch_width=len(result.decoded),
+    )
 
 
 class ExecutorThread:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from types import FrameType
@@ -27,7 +27,7 @@ from taper_trtllm.executor import ExecutorThread, TaperExecutor
 from taper_trtllm.live_request import OutputCallback
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import ForkJoinRequest, RequestError
-from taper_trtllm.request_gate import ExecutorClosedError, RequestGate
+from taper_trtllm.request_gate import ExecutorClosedError, FormatTerms, RequestGate
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +42,7 @@ class _Ready:
     capabilities: EngineCapabilities
     policy_name: str
     num_free_blocks: int
+    format_terms: Mapping[str, FormatTerms]
     closed_because: str | None = None
 
 
@@ -68,6 +69,12 @@ class _Submit:
 @dataclass(frozen=True, slots=True)
 class _Cancel:
     request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class _CancelBranch:
+    request_id: str
+    branch_path: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +113,7 @@ class ExecutorProcess:
         self.capabilities = ready.capabilities
         self.policy_name = ready.policy_name
         self.num_free_blocks = ready.num_free_blocks
-        self._gate = RequestGate(config.limits, ready.capabilities)
+        self._gate = RequestGate(config.limits, ready.capabilities, ready.format_terms)
         if ready.closed_because is not None:
             self._gate.close(ready.closed_because)
         self._callbacks: dict[str, OutputCallback] = {}
@@ -145,6 +152,10 @@ class ExecutorProcess:
     def cancel(self, request_id: str) -> None:
         """Ends a request and its whole family before the next step; unknown ids are ignored."""
         self._send(_Cancel(request_id))
+
+    def cancel_branch(self, request_id: str, branch_path: str) -> None:
+        """Ends a branch before the next step; see `TaperExecutor.cancel_branch`."""
+        self._send(_CancelBranch(request_id, branch_path))
 
     def is_running(self, request_id: str) -> bool | None:
         """True once it was started, False while it is queued, None if it is not open."""
@@ -231,13 +242,20 @@ class _Worker:
         """Until the server says so, or is gone."""
         executor = self._executor
         self._connection.send(
-            _Ready(executor.capabilities, executor.policy_name, executor.num_free_blocks)
+            _Ready(
+                executor.capabilities,
+                executor.policy_name,
+                executor.num_free_blocks,
+                executor.format_terms,
+            )
         )
         self._thread.start()
         try:
             while not isinstance(message := self._connection.recv(), _Stop):
                 if isinstance(message, _Submit):
                     self._submit(message.request)
+                elif isinstance(message, _CancelBranch):
+                    executor.cancel_branch(message.request_id, message.branch_path)
                 else:
                     executor.cancel(message.request_id)
         except EOFError:
@@ -273,7 +291,7 @@ class _Worker:
 def _work(connection: Connection, rank: WorkerRank, policy_name: str) -> None:
     """Computes for the leader until it ends; without the server, not even that long."""
     closed_because = "this rank works for the leader of its engine: send requests to rank 0"
-    connection.send(_Ready(rank.capabilities, policy_name, 0, closed_because))
+    connection.send(_Ready(rank.capabilities, policy_name, 0, {}, closed_because))
     threading.Thread(target=_end_with_server, args=(connection,), daemon=True).start()
     rank.work()
 

@@ -43,7 +43,9 @@ from taper_trtllm.tag_scanner import (
 )
 from taper_trtllm.tokenizer import Tokenizer
 
-RefusalReason = Literal["no_outlines", "duplicate_ids", "too_many_branches"]
+RefusalReason = Literal[
+    "no_outlines", "duplicate_ids", "too_many_branches", "too_many_rounds", "no_budget"
+]
 
 
 class _Model(BaseModel):

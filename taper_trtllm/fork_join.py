@@ -4,21 +4,28 @@ A request is a tree of branches; the root is the request itself. Every branch wa
 its own program. A branch is a *leaf* while it decodes a serial stage. At a parallel stage it forks
 children and waits; when all are done their texts are joined, in order, into its own text, and it
 goes on. The caller owns the engine and executes what the machine says (`JoinEvent`, ...).
+
+The client declares the stages, or the model writes them while it decodes (`written_forks.py`): then
+the serial stage in which it wrote a fork ends there, and a parallel and a serial one follow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from taper_trtllm.fork_format import Refusal
 from taper_trtllm.output import FinishReason
 from taper_trtllm.request import (
     ForkJoinRequest,
     ParallelStage,
     SerialStage,
+    max_live_leaves,
     max_new_tokens,
 )
+from taper_trtllm.tag_scanner import Sighting
+from taper_trtllm.written_forks import WrittenBranch, WrittenForks
 
 
 class BranchStatus(Enum):
@@ -40,6 +47,7 @@ class BranchNode:
         index: Position among its siblings.
         program: Its stages.
         num_prefix_tokens: Context before its own tokens: the whole context of the parent at fork.
+        written: What the model's own structure says about it; None in declared programs.
         tokens: Its own tokens: header, decoded ones, joined texts of its children.
         stage_index: The stage it is in.
         stage_end: Length of `tokens` at which the current serial stage is full; 0 in no such stage.
@@ -47,6 +55,7 @@ class BranchNode:
         num_off_path: Of `tokens`, those that are not on its longest path of decoded ones.
         children: Of the running parallel stage.
         status: What it is doing.
+        is_cancelled: The client does not want it any more: the join goes on without it.
     """
 
     path: str
@@ -54,6 +63,7 @@ class BranchNode:
     index: int
     program: tuple[SerialStage | ParallelStage, ...]
     num_prefix_tokens: int
+    written: WrittenBranch | None = None
     tokens: list[int] = field(default_factory=list)
     stage_index: int = 0
     stage_end: int = 0
@@ -61,6 +71,7 @@ class BranchNode:
     num_off_path: int = 0
     children: tuple[BranchNode, ...] = ()
     status: BranchStatus = BranchStatus.DECODING
+    is_cancelled: bool = False
 
     @property
     def num_context_tokens(self) -> int:
@@ -96,10 +107,20 @@ class BranchNode:
         """
         return self.num_context_tokens - 1
 
+    @property
+    def is_taken_over(self) -> bool:
+        """The join goes on in its sequence: its tokens follow its parent's."""
+        return self.index == 0 and not self.is_cancelled and not self.has_end_token
+
+    @property
+    def has_end_token(self) -> bool:
+        """Its last token is one that the join leaves out."""
+        return self.written is not None and self.written.has_end_token
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """Tokens that count as output of a branch in a stage."""
+    """Tokens of a branch that its stage does not go on as usual after."""
 
     node: BranchNode
     stage_index: int
@@ -108,56 +129,82 @@ class TokenEvent:
 
 
 @dataclass(frozen=True, slots=True)
-class DoneEvent:
-    """A branch, not the root, ended. Its KV is of no use any more, unless it is branch 0."""
+class RefusedForkEvent:
+    """The model wrote a fork that is not carried out; the branch goes on serially, or ends."""
 
     node: BranchNode
+    stage_index: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DoneEvent:
+    """A branch, not the root, ended. Its KV is of no use any more, unless it is taken over."""
+
+    node: BranchNode
+    finish_reason: FinishReason
 
 
 @dataclass(frozen=True, slots=True)
 class JoinEvent:
     """All children of `node` ended.
 
-    The node takes over `first_child`, whose tokens are contiguous with its own, and then has
-    `suffix_ids` (the other texts and the join text) to compute.
+    Attributes:
+        node: Who goes on.
+        stage_index: The parallel stage that ended.
+        first_child: Whose sequence the node goes on in; None if it goes on in its own.
+        suffix_ids: What it then has to compute: the other texts and the join text.
+        join_ids: The join text, the last of them.
     """
 
     node: BranchNode
-    first_child: BranchNode
+    stage_index: int
+    first_child: BranchNode | None
     suffix_ids: tuple[int, ...]
+    join_ids: tuple[int, ...]
 
 
-Event = TokenEvent | DoneEvent | JoinEvent
+Event = TokenEvent | RefusedForkEvent | DoneEvent | JoinEvent
 
 
 class ForkJoinState:
     """The tree of one request.
+
+    Args:
+        request: What the client asked for.
+        written: The forks that the model writes; None if the client declared all.
 
     Attributes:
         root: The request itself.
         leaves: Branches that decode or are about to fork, in program order.
         is_finished: The program came to its end.
         num_output_tokens: Tokens decoded so far.
-        num_remaining_serial_tokens: Most tokens that serial stages of the root may still decode.
+        num_remaining_serial_tokens: Most tokens that serial stages of the root may still decode, as
+            far as they are known.
+        most_leaves: Most leaves at a time, as far as stages are known.
     """
 
-    def __init__(self, request: ForkJoinRequest) -> None:
+    def __init__(self, request: ForkJoinRequest, written: WrittenForks | None = None) -> None:
         program = request.program
         self._stop_ids = request.sampling.stop_ids
-        self.root = BranchNode("", None, 0, program, len(request.input_ids))
+        self._end_ids = request.sampling.end_ids
+        self._written = written
+        root = None if written is None else written.root()
+        self.root = BranchNode("", None, 0, program, len(request.input_ids), root)
         self.leaves: list[BranchNode] = [self.root]
         self.is_finished = False
         self.num_output_tokens = 0
+        self.most_leaves = max_live_leaves(program)
         self._num_output_bound = max_new_tokens(program)
-        self.num_remaining_serial_tokens = sum(
-            stage.max_tokens for stage in program if isinstance(stage, SerialStage)
-        )
+        self.num_remaining_serial_tokens = _num_serial_tokens(program)
         self._enter_stage(self.root)
 
     @property
     def num_remaining_tokens(self) -> int:
         """Most tokens that may still be decoded."""
         return self._num_output_bound - self.num_output_tokens
+
+    # -------------------------------------------------------------------------------- forks
 
     def fork(self, node: BranchNode) -> tuple[BranchNode, ...]:
         """Forks the children of a parallel stage, each with its header as its first tokens."""
@@ -172,6 +219,7 @@ class ForkJoinState:
                 index=index,
                 program=branch.program,
                 num_prefix_tokens=node.num_context_tokens,
+                written=node.written and node.written.children[index],
                 tokens=list(branch.header_ids),
                 num_given=len(branch.header_ids),
                 num_off_path=len(branch.header_ids),
@@ -181,104 +229,234 @@ class ForkJoinState:
         node.status = BranchStatus.WAITING
         at = self.leaves.index(node)
         self.leaves[at : at + 1] = node.children
+        self.most_leaves = max(self.most_leaves, len(self.leaves))
         for child in node.children:
             self._enter_stage(child)
         return node.children
 
-    def append(self, node: BranchNode, token_ids: Sequence[int]) -> bool:
-        """Takes tokens that a leaf decoded, if its stage goes on; False if that needs `advance`."""
-        num_tokens = len(token_ids)
-        if len(node.tokens) + num_tokens >= node.stage_end:
-            return False
-        if self._stop_ids and not self._stop_ids.isdisjoint(token_ids):
-            return False
-        node.tokens.extend(token_ids)
-        self.num_output_tokens += num_tokens
-        if node is self.root:
-            self.num_remaining_serial_tokens -= num_tokens
-        return True
+    def find(self, path: str) -> BranchNode | None:
+        """The live branch of a path."""
+        node = self.root
+        while node.path != path:
+            below = [c for c in node.children if f"{path}.".startswith(f"{c.path}.")]
+            if not below:
+                return None
+            node = below[0]
+        return node
 
-    def advance(self, node: BranchNode, token_ids: Sequence[int]) -> list[Event]:
+    # ------------------------------------------------------------------------------- tokens
+
+    def advance(self, node: BranchNode, token_ids: Sequence[int]) -> Sequence[Event]:
         """Takes tokens that a leaf decoded, in order.
+
+        Returns:
+            What follows from them; nothing while the stage just goes on.
 
         Raises:
             ValueError: The branch does not decode, or got more tokens than its stage has left.
         """
         if node.status is not BranchStatus.DECODING:
             raise ValueError(f"branch {node.path!r} got tokens while it is {node.status.name}")
-        if not token_ids:
-            return []
+        if node.written is not None:
+            sighting = node.written.look(token_ids)
+            if sighting is not None:
+                return self._end_stage(node, token_ids, sighting)
+        if len(node.tokens) + len(token_ids) >= node.stage_end or (
+            self._stop_ids and not self._stop_ids.isdisjoint(token_ids)
+        ):
+            return self._end_stage(node, token_ids, None) if token_ids else ()
+        self._take(node, token_ids)
+        return ()
+
+    def _take(self, node: BranchNode, token_ids: Sequence[int]) -> None:
+        node.tokens.extend(token_ids)
+        self.num_output_tokens += len(token_ids)
+        if node is self.root:
+            self.num_remaining_serial_tokens -= len(token_ids)
+
+    def _end_stage(
+        self, node: BranchNode, token_ids: Sequence[int], sighting: Sighting | None
+    ) -> list[Event]:
+        """Takes tokens of which the last one ends the stage, or is a tag that could have."""
         stage_index = node.stage_index
         left = node.num_stage_tokens_left
         stopped = next((i for i, t in enumerate(token_ids) if t in self._stop_ids), None)
         used = left if stopped is None else min(left, stopped + 1)
         if used < len(token_ids):
             raise ValueError(f"branch {node.path!r} got tokens beyond the end of its stage")
-        node.tokens.extend(token_ids)
-        self.num_output_tokens += len(token_ids)
-        if node is self.root:
-            self.num_remaining_serial_tokens -= len(token_ids)
-        reason: FinishReason | None = None
-        if stopped is not None:
+        self._take(node, token_ids)
+        reason, refusal = (None, None) if sighting is None else self._heed(node, sighting)
+        if reason is None and stopped is not None:
             reason = "stop"
-        elif node.num_stage_tokens_left == 0:
+            if node.written is not None:
+                node.written.has_end_token = token_ids[-1] in self._end_ids
+        elif reason is None and node.num_stage_tokens_left == 0:
             reason = "length"
         events: list[Event] = [TokenEvent(node, stage_index, tuple(token_ids), reason)]
+        if refusal is not None:
+            events.append(RefusedForkEvent(node, stage_index, refusal.reason))
         if reason is not None:
-            self._forfeit(node)
-            self._next_stage(node, events)
+            self._next_stage(node, reason, events)
         return events
 
-    def _forfeit(self, node: BranchNode) -> None:
-        """What is left of a stage will not be decoded any more."""
-        self._num_output_bound -= node.num_stage_tokens_left
-        if node is self.root:
-            self.num_remaining_serial_tokens -= node.num_stage_tokens_left
+    def _heed(
+        self, node: BranchNode, sighting: Sighting
+    ) -> tuple[FinishReason | None, Refusal | None]:
+        """Why a tag ends the stage, if it does. A fork brings the stages that follow it."""
+        assert self._written is not None and node.written is not None
+        if sighting.kind == "branch_end":
+            self._written.close(node.written, sighting)
+            return "stop", None
+        fork = self._written.fork(node.written, sighting, len(node.tokens), node.num_critical)
+        if isinstance(fork, Refusal):
+            return ("stop" if fork.finish else None), fork
+        before = node.program[: node.stage_index]
+        node.program = (*before, SerialStage(max_tokens=len(node.tokens)), *fork.stages)
+        self._num_output_bound -= fork.num_given
+        return "fork", None
+
+    # ------------------------------------------------------------------------------- stages
 
     def _enter_stage(self, node: BranchNode) -> None:
-        if isinstance(node.stage, SerialStage):
-            node.status = BranchStatus.DECODING
-            node.stage_end = len(node.tokens) + node.stage.max_tokens
-        else:
+        if isinstance(node.stage, ParallelStage):
             node.status = BranchStatus.FORKING
             node.stage_end = 0
+            return
+        node.status = BranchStatus.DECODING
+        num_tokens = len(node.tokens)
+        if self._written is None or node.written is None:
+            node.stage_end = num_tokens + node.stage.max_tokens
+            return
+        self._written.begin_stage(node.written)
+        left = node.written.num_tokens_left(num_tokens, node.num_critical)
+        node.stage_end = num_tokens + left
+        if node is self.root:
+            self.num_remaining_serial_tokens = left
 
-    def _next_stage(self, node: BranchNode, events: list[Event]) -> None:
+    def _next_stage(self, node: BranchNode, reason: FinishReason, events: list[Event]) -> None:
+        if isinstance(node.stage, SerialStage):
+            self._forfeit(node)
         if node.stage_index + 1 < len(node.program):
             node.stage_index += 1
             self._enter_stage(node)
-            return
+        else:
+            self._end(node, reason, events)
+
+    def _forfeit(self, node: BranchNode) -> None:
+        """What is left of a stage will not be decoded in it any more."""
+        if node.written is None:
+            self._num_output_bound -= node.num_stage_tokens_left
+        if node is self.root:
+            ahead = node.program[node.stage_index + 1 :]
+            self.num_remaining_serial_tokens = _num_serial_tokens(ahead)
+
+    def _end(self, node: BranchNode, reason: FinishReason, events: list[Event]) -> None:
         node.status = BranchStatus.DONE
         node.stage_end = 0
         self.leaves.remove(node)
         if node.parent is None:
             self.is_finished = True
+            self._num_output_bound = self.num_output_tokens
             return
-        events.append(DoneEvent(node))
-        if all(child.status is BranchStatus.DONE for child in node.parent.children):
-            self._join(node.parent, events)
+        events.append(DoneEvent(node, reason))
+        self._join_if_due(node.parent, events)
+
+    def _join_if_due(self, node: BranchNode, events: list[Event]) -> None:
+        if all(child.status is BranchStatus.DONE for child in node.children):
+            self._join(node, events)
 
     def _join(self, node: BranchNode, events: list[Event]) -> None:
         """All children are done: their texts become the node's own, in order."""
-        assert isinstance(node.stage, ParallelStage)
-        first, *others = node.children
-        suffix = [token for child in others for token in child.tokens]
-        suffix.extend(node.stage.join_ids)
-        num_critical = node.num_critical + max(child.num_critical for child in node.children)
-        node.tokens.extend(first.tokens)
+        children = [child for child in node.children if not child.is_cancelled]
+        first = node.children[0] if node.children[0].is_taken_over else None
+        suffix, join_ids = self._suffix(node, children, first)
+        stage_index = node.stage_index
+        num_critical = node.num_critical + max((c.num_critical for c in children), default=0)
+        num_generated = node.num_generated + sum(
+            child.num_generated - child.has_end_token for child in children
+        )
+        node.tokens.extend(first.tokens if first is not None else ())
         node.tokens.extend(suffix)
-        node.num_given += len(node.stage.join_ids) + sum(c.num_given for c in node.children)
+        node.num_given = len(node.tokens) - num_generated
         node.num_off_path = len(node.tokens) - num_critical
         node.children = ()
-        events.append(JoinEvent(node, first, tuple(suffix)))
+        events.append(JoinEvent(node, stage_index, first, tuple(suffix), join_ids))
         self._insert_leaf(node)
-        self._next_stage(node, events)
+        self._next_stage(node, "completed", events)
+
+    def _suffix(
+        self, node: BranchNode, children: Sequence[BranchNode], first: BranchNode | None
+    ) -> tuple[list[int], tuple[int, ...]]:
+        """What the join appends behind `first`, and the join text at its end."""
+        assert isinstance(node.stage, ParallelStage)
+        if self._written is not None and node.written is not None:
+            headers = [len(branch.header_ids) for branch in node.stage.branches]
+            texts = [
+                child.tokens[header : len(child.tokens) - child.has_end_token]
+                for child, header in zip(children, headers, strict=True)
+            ]
+            return self._written.join(node.written, texts, takes_first=first is not None)
+        join_ids = node.stage.join_ids
+        suffix = [token for child in children if child is not first for token in child.tokens]
+        return [*suffix, *join_ids], join_ids
 
     def _insert_leaf(self, node: BranchNode) -> None:
         """Puts a joined branch back among the leaves, in program order."""
         key = _order(node)
         at = sum(_order(leaf) < key for leaf in self.leaves)
         self.leaves.insert(at, node)
+
+    # ------------------------------------------------------------------------------- cancel
+
+    def cancel(self, path: str) -> Sequence[Event]:
+        """Ends a branch whose text nobody wants; the join goes on without it.
+
+        Returns:
+            What follows; nothing if there is no such branch any more.
+
+        Raises:
+            ValueError: The program does not allow it.
+        """
+        node = self.find(path)
+        if node is None or node.is_cancelled:
+            return ()
+        parent = node.parent
+        if parent is None or not _allows_cancel(parent.stage):
+            raise ValueError(f"branch {path!r} cannot be cancelled: allow_branch_cancel is not set")
+        self._num_output_bound -= sum(_num_tokens_ahead(below) for below in _subtree(node))
+        gone = set(_subtree(node))
+        self.leaves = [leaf for leaf in self.leaves if leaf not in gone]
+        node.status = BranchStatus.DONE
+        node.stage_end = 0
+        node.is_cancelled = True
+        events: list[Event] = [DoneEvent(node, "cancelled")]
+        self._join_if_due(parent, events)
+        return events
+
+
+def _num_serial_tokens(program: Sequence[SerialStage | ParallelStage]) -> int:
+    return sum(stage.max_tokens for stage in program if isinstance(stage, SerialStage))
+
+
+def _allows_cancel(stage: SerialStage | ParallelStage) -> bool:
+    return isinstance(stage, ParallelStage) and stage.allow_branch_cancel
+
+
+def _num_tokens_ahead(node: BranchNode) -> int:
+    """Most tokens that a branch may still decode, but for children that run."""
+    if node.status is BranchStatus.DONE:
+        return 0
+    rest = node.program[node.stage_index + 1 :]
+    if node.status is BranchStatus.FORKING:
+        rest = node.program[node.stage_index :]
+    left = node.num_stage_tokens_left if node.status is BranchStatus.DECODING else 0
+    return left + max_new_tokens(rest)
+
+
+def _subtree(node: BranchNode) -> Iterator[BranchNode]:
+    yield node
+    for child in node.children:
+        yield from _subtree(child)
 
 
 def _order(node: BranchNode) -> tuple[int, ...]:

@@ -22,16 +22,20 @@ from taper_trtllm.request import (
 
 
 def serial_footprint_blocks(
-    num_prompt_tokens: int, program: Sequence[SerialStage | ParallelStage], tokens_per_block: int
+    num_prompt_tokens: int,
+    program: Sequence[SerialStage | ParallelStage],
+    tokens_per_block: int,
+    written_depth: int = 0,
 ) -> int:
     """Blocks that a request holds at most when its branches run one after another.
 
     Its distinct tokens never exceed prompt plus everything appended. At each nesting level the
     running branch and the finished branch 0, which the join takes over, end in a block of their
-    own.
+    own. `written_depth` is how deep the model may nest forks that it writes itself.
     """
     total = num_prompt_tokens + max_context_tokens(program)
-    return -(-total // tokens_per_block) + 2 * fork_depth(program) + 1
+    depth = max(fork_depth(program), written_depth)
+    return -(-total // tokens_per_block) + 2 * depth + 1
 
 
 class KvBudget:

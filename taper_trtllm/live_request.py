@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import compress
 
@@ -14,14 +14,18 @@ from taper_trtllm.engines.base import SequenceParams
 from taper_trtllm.fork_join import (
     BranchNode,
     BranchStatus,
+    DoneEvent,
+    Event,
     ForkJoinState,
     JoinEvent,
+    RefusedForkEvent,
     TokenEvent,
 )
 from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput
-from taper_trtllm.request import ForkJoinRequest, max_live_leaves
+from taper_trtllm.request import ForkJoinRequest
 from taper_trtllm.sequence_table import LiveSequence, NewTokens, SequenceTable
 from taper_trtllm.slo import SlackTracker
+from taper_trtllm.written_forks import WrittenForks
 
 OutputCallback = Callable[[RequestOutput], None]
 
@@ -49,6 +53,7 @@ class LiveRequest:
 
     Args:
         max_width: Leaves that may be started at a time (`AdmissionPolicy.max_width`).
+        written: The forks that the model writes, if it does.
 
     Attributes:
         request: What the client asked for.
@@ -71,6 +76,7 @@ class LiveRequest:
         on_output: OutputCallback,
         arrival_s: float,
         max_width: int | None = None,
+        written: WrittenForks | None = None,
     ) -> None:
         self.request = request
         self.family = family
@@ -78,18 +84,18 @@ class LiveRequest:
         self.tracker = tracker
         self.on_output = on_output
         self.arrival_s = arrival_s
-        self.state = ForkJoinState(request)
+        self.state = ForkJoinState(request, written)
         self.ready_rows: IntArray = np.zeros(0, dtype=np.int64)
         self.ready_paths: tuple[str, ...] = ()
         self.prefill_needs: tuple[PrefillNeed, ...] = ()
         self.stage_width = 0
         self.protected: LiveSequence | None = None
         self._max_width = max_width
-        most_leaves = max_live_leaves(request.program)
-        self._most_abreast = most_leaves if max_width is None else min(most_leaves, max_width)
+        self._written = written
         self._num_prompt_tokens = 0
         self._sequences: dict[BranchNode, LiveSequence] = {}
         self._unforked: list[BranchNode] = []  # waiting branches whose children were dropped
+        self._events: list[BranchOutput] = []  # what happened since the last tokens
         # Accounting for RequestMetrics.
         self.first_scheduled_s: float | None = None
         self._join_began_s: float | None = None
@@ -146,7 +152,7 @@ class LiveRequest:
     def _fork(self, sequences: SequenceTable, node: BranchNode) -> None:
         shared = node.num_fork_tokens
         if node.status is BranchStatus.FORKING:
-            self.state.fork(node)
+            self._note_fork(node, self.state.fork(node))
             self._num_forks += 1
             self._num_reused_tokens += shared * len(node.children)
             self._num_reused_blocks += shared // sequences.tokens_per_block * len(node.children)
@@ -155,7 +161,7 @@ class LiveRequest:
             self._unforked.remove(node)
         parent = self._sequences[node]
         for child in node.children:
-            if child.status is not BranchStatus.DONE or child.index == 0:
+            if child.status is not BranchStatus.DONE or child.is_taken_over:
                 self._sequences[child] = sequences.fork(parent, child, shared, self._params(child))
                 if child.status is BranchStatus.WAITING:
                     self._unforked.append(child)
@@ -164,11 +170,22 @@ class LiveRequest:
         """Each branch draws from a seed of its own, so equal branches differ."""
         seed = f"{self.request.sampling.seed}/{node.path}".encode()
         digest = hashlib.blake2b(seed, digest_size=8).digest()
+        sampling = self.request.sampling
+        tag_ids = () if self._written is None else self._written.tag_ids
+        if tag_ids:  # engines that draw several tokens at a time must stop at them
+            stop_ids = tuple({*sampling.stop_token_ids, *tag_ids})
+            sampling = sampling.model_copy(update={"stop_token_ids": stop_ids})
         return SequenceParams(
-            self.request.sampling,
-            int.from_bytes(digest, "little") >> 1,
-            self.request.cache_salt_id,
+            sampling, int.from_bytes(digest, "little") >> 1, self.request.cache_salt_id
         )
+
+    def _note_fork(self, node: BranchNode, children: Iterable[BranchNode]) -> None:
+        if self.request.events:
+            self._events.append(BranchOutput(node.path, node.stage_index, event="stage_started"))
+            self._events += [
+                BranchOutput(child.path, 0, tuple(child.tokens), event="branch_started")
+                for child in children
+            ]
 
     def survey(self, sequences: SequenceTable) -> None:
         """Lists anew which leaves are ready and what must be prefilled; due after every change.
@@ -279,46 +296,74 @@ class LiveRequest:
         if self._join_began_s is not None:
             self._join_wait_s += now_s - self._join_began_s
             self._join_began_s = None
-        outputs = []
+        outputs: list[BranchOutput] = []
         for sequence, token_ids in taken:
             node = sequence.node
-            if state.append(node, token_ids):
-                outputs.append(BranchOutput(node.path, node.stage_index, token_ids))
+            stage_index = node.stage_index
+            events = state.advance(node, token_ids)
+            if events:
+                sequences.touch(sequence)
+                outputs += self._carry_out(sequences, events, now_s)
             else:
-                outputs.append(self._end_stage(sequences, sequence, token_ids, now_s))
+                outputs.append(BranchOutput(node.path, stage_index, token_ids))
         self.tracker.record_tokens(now_s, state.num_output_tokens - num_tokens_before, is_serial)
         if is_serial and outputs[0].finish_reason is not None:
             self.tracker.end_serial_stage()
-        return outputs
+        return [*self.take_events(), *outputs]
 
-    def _end_stage(
-        self,
-        sequences: SequenceTable,
-        sequence: LiveSequence,
-        token_ids: tuple[int, ...],
-        now_s: float,
-    ) -> BranchOutput:
-        """Takes the last tokens of a stage."""
-        last, *events = self.state.advance(sequence.node, token_ids)
-        assert isinstance(last, TokenEvent)
-        sequences.touch(sequence)
+    def cancel_branch(self, sequences: SequenceTable, path: str, now_s: float) -> None:
+        """Ends a branch that nobody wants any more; unknown ones are ignored.
+
+        Raises:
+            ValueError: The program does not allow it.
+        """
+        events = self.state.cancel(path)
+        self._events += self._carry_out(sequences, events, now_s)
+
+    def take_events(self) -> tuple[BranchOutput, ...]:
+        """What happened since the last tokens."""
+        events, self._events = tuple(self._events), []
+        return events
+
+    def _carry_out(
+        self, sequences: SequenceTable, events: Iterable[Event], now_s: float
+    ) -> Iterator[BranchOutput]:
+        """Does what follows from tokens, and says what the client is to know of it."""
+        tells_all = self.request.events
         for event in events:
+            if isinstance(event, TokenEvent):
+                path, stage_index = event.node.path, event.stage_index
+                yield BranchOutput(path, stage_index, event.token_ids, event.finish_reason)
+                continue
             if isinstance(event, JoinEvent):
                 self._join(sequences, event, now_s)
-            elif event.node.index != 0:  # branch 0 is taken over by the join
+            elif isinstance(event, DoneEvent) and not event.node.is_taken_over:
                 self._forget(sequences, event.node)
-        return BranchOutput(last.node.path, last.stage_index, last.token_ids, last.finish_reason)
+            if tells_all:
+                yield _event_output(event)
 
     def _join(self, sequences: SequenceTable, event: JoinEvent, now_s: float) -> None:
         self.stage_width = 0
-        node = event.node
-        if node.status is BranchStatus.DONE and (node.parent is None or node.index != 0):
-            self._forget(sequences, event.first_child)
-            return  # nothing follows in this sequence: nothing is computed for it
-        parent = self._sequences[node]
-        child = self._sequences.pop(event.first_child)
-        sequences.join(parent, child, event.suffix_ids)
-        self._num_joined_tokens += len(event.suffix_ids)
+        node, first, suffix_ids = event.node, event.first_child, event.suffix_ids
+        if node in self._unforked:  # its children were dropped, and are not needed any more
+            self._unforked.remove(node)
+        child = None if first is None else self._sequences.pop(first, None)
+        parent = self._sequences.get(node)
+        is_over = node.status is BranchStatus.DONE and (
+            node.parent is None or not node.is_taken_over
+        )
+        if (
+            parent is None or is_over
+        ):  # nothing follows in this sequence: nothing is computed for it
+            if child is not None:
+                sequences.release(child)
+            return
+        if child is not None:
+            sequences.join(parent, child, suffix_ids)
+        else:
+            text = suffix_ids if first is None else (*first.tokens, *suffix_ids)
+            sequences.extend(parent, text, self._params(node))
+        self._num_joined_tokens += len(suffix_ids)
         if node is self.state.root:
             self._join_began_s = now_s
 
@@ -333,7 +378,10 @@ class LiveRequest:
         """Whether its objective can still be met with such steps, as many abreast as may be."""
         num_tokens = self.state.num_remaining_tokens
         num_serial = self.state.num_remaining_serial_tokens
-        num_steps = num_serial - (num_serial - num_tokens) // self._most_abreast
+        most_abreast = self.state.most_leaves
+        if self._max_width is not None:
+            most_abreast = min(most_abreast, self._max_width)
+        num_steps = num_serial - (num_serial - num_tokens) // most_abreast
         return self.tracker.is_savable(now_s, step_ms / 1e3, num_tokens, num_steps, num_serial)
 
     def count_decode_step(self, num_ready: int, num_advanced: int) -> None:
@@ -346,7 +394,7 @@ class LiveRequest:
 
     def metrics(self, epoch_s: float) -> RequestMetrics:
         """The final accounting; `epoch_s` turns the monotonic clock into wall-clock time."""
-        tracker = self.tracker
+        tracker, written = self.tracker, self._written
         met = self.state.is_finished and tracker.is_met(self.state.root.num_critical)
 
         def wall_ns(time_s: float | None) -> int | None:
@@ -370,8 +418,21 @@ class LiveRequest:
             num_joined_tokens=self._num_joined_tokens,
             num_deferred_branch_steps=self._num_deferred,
             mean_width=self._num_advanced / max(1, self._num_decode_steps),
+            join_mode="concat",
+            join_is_as_trained=None if written is None else written.is_trained_with("concat"),
             slo_met=met,
         )
+
+
+def _event_output(event: Event) -> BranchOutput:
+    """What a client is told of an event that is no tokens."""
+    path = event.node.path
+    if isinstance(event, JoinEvent):
+        return BranchOutput(path, event.stage_index, event.join_ids, event="joined")
+    if isinstance(event, RefusedForkEvent):
+        return BranchOutput(path, event.stage_index, event=f"fork_refused:{event.reason}")
+    stage_index, reason = event.node.stage_index, event.finish_reason
+    return BranchOutput(path, stage_index, (), reason, event="branch_finished")
 
 
 def _ancestors(node: BranchNode) -> Iterator[BranchNode]:

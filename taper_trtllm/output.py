@@ -8,11 +8,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-FinishReason = Literal["stop", "length", "completed", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "fork", "completed", "cancelled", "error"]
 
 
 class BranchOutput(NamedTuple):
-    """New tokens of one branch.
+    """New tokens of one branch, or what happened to it.
+
+    Events are outputs of requests that ask for them, in order among the others. Their tokens were
+    given, not decoded: ``stage_started`` (a parallel stage; none), ``branch_started`` (its header),
+    ``branch_finished`` (none), ``joined`` (the join text), ``fork_refused:`` and why (none).
 
     Attributes:
         branch_path: Which branch: alternating stage and branch index from the root, joined by dots.
@@ -20,14 +24,33 @@ class BranchOutput(NamedTuple):
             branch 3 of the parallel stage 2 of that branch.
         stage_index: The stage of that branch's program in which the tokens were decoded.
         token_ids: New tokens, in order.
-        finish_reason: Why this stage of this branch ended with these tokens (``stop`` or
-            ``length``); None while it goes on.
+        finish_reason: Why this stage of this branch ended with these tokens (``stop``, ``length``,
+            or ``fork`` where the model wrote one); None while it goes on. Of ``branch_finished``:
+            why the branch ended.
+        event: What happened; empty for new tokens.
     """
 
     branch_path: str
     stage_index: int
-    token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
+    event: str = ""
+
+
+class StepProgress(NamedTuple):
+    """How a request stood after a step, for those who watch.
+
+    Attributes:
+        step_ms: Duration of the step.
+        slack_ms: Time to the request's next deadline; None if it has none.
+        width: Its branches that advanced.
+        batch_width: Branches of all requests that did.
+    """
+
+    step_ms: float
+    slack_ms: float | None
+    width: int
+    batch_width: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +75,9 @@ class RequestMetrics:
         num_joined_tokens: Branch texts prefilled at their new position at joins.
         num_deferred_branch_steps: Ready branches left out of a step, summed over steps.
         mean_width: Branches advanced per decode step of the request.
+        join_mode: How joins are made: ``concat`` prefills the texts behind each other.
+        join_is_as_trained: Whether models of the request's fork format were trained with such
+            joins; None without a format.
         slo_met: Whether it completed and met its objective.
     """
 
@@ -72,6 +98,8 @@ class RequestMetrics:
     num_joined_tokens: int
     num_deferred_branch_steps: int
     mean_width: float
+    join_mode: Literal["concat", "kv_merge"]
+    join_is_as_trained: bool | None
     slo_met: bool
 
 
@@ -84,6 +112,7 @@ class RequestOutput(NamedTuple):
         finish_reason: Set on the last output of the request only.
         error: Message to the client when `finish_reason` is ``error``.
         metrics: On the last output only.
+        progress: Of requests that ask for events.
     """
 
     request_id: str
@@ -91,6 +120,7 @@ class RequestOutput(NamedTuple):
     finish_reason: FinishReason | None = None
     error: str | None = None
     metrics: RequestMetrics | None = None
+    progress: StepProgress | None = None
 
     @property
     def finished(self) -> bool:

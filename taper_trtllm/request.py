@@ -10,7 +10,15 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 from pydantic import model_validator as _model_validator
 
 MAX_DEPTH = 3
@@ -57,8 +65,12 @@ class SamplingParams(_Model):
     @property
     def stop_ids(self) -> frozenset[int]:
         """Token ids that end a stage; the token itself is kept in the output."""
-        end = () if self.end_id is None or self.ignore_eos else (self.end_id,)
-        return frozenset((*self.stop_token_ids, *end))
+        return self.end_ids.union(self.stop_token_ids)
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Those of them that end a text, not only a stage."""
+        return frozenset(() if self.end_id is None or self.ignore_eos else (self.end_id,))
 
 
 class SloTarget(_Model):
@@ -108,12 +120,17 @@ class Branch(_Model):
 
 
 class ParallelStage(_Model):
-    """Fork `branches` from the shared prefix; join their texts and `join_ids` at the end."""
+    """Fork `branches` from the shared prefix; join their texts and `join_ids` at the end.
+
+    With `allow_branch_cancel` the client may withdraw branches while they run; the join goes on
+    without their texts.
+    """
 
     type: Literal["parallel"] = "parallel"
     branches: Annotated[tuple[Branch, ...], Field(min_length=1, max_length=MAX_FAN_OUT)]
     join_ids: TokenIds = ()
     join_text: StrictStr | None = None
+    allow_branch_cancel: StrictBool = False
 
 
 Stage = Annotated[SerialStage | ParallelStage, Field(discriminator="type")]
@@ -127,6 +144,10 @@ class ForkJoinRequest(_Model):
     `max_tokens` alone is one serial stage. Together with `stages` it is a cap that must cover the
     sum of what they may generate. Engines that share KV between requests share it among those with
     the same `cache_salt_id` only, or none.
+
+    With `fork_format` the model writes the forks itself (`fork_format.py`); then `max_tokens` is
+    all that may be appended to the prompt, headers and join texts included. `events` asks for
+    outputs that tell of forks and joins, too.
     """
 
     request_id: Annotated[StrictStr, Field(min_length=1, max_length=256)]
@@ -136,6 +157,8 @@ class ForkJoinRequest(_Model):
     sampling: SamplingParams = SamplingParams()
     slo: SloTarget | None = None
     cache_salt_id: Annotated[StrictInt, Field(ge=0, lt=2**63)] | None = None
+    fork_format: StrictStr | None = None
+    events: StrictBool = False
 
     @property
     def program(self) -> tuple[Stage, ...]:
@@ -229,6 +252,8 @@ def build_request(**fields: Any) -> ForkJoinRequest:
         request = ForkJoinRequest.model_validate(fields)
         if not request.stages and request.max_tokens is None:
             raise RequestError("max_tokens", "required when stages is not given")
+        if request.stages and request.fork_format is not None:
+            raise RequestError("fork_format", "give stages or fork_format, not both")
         # Here, before anything else walks the program: a hostile one nests hundreds deep.
         check_limit("stages", fork_depth(request.program), MAX_DEPTH, "nested parallel stages")
     except RecursionError:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from taper_trtllm.engines.base import EngineCapabilities
+from taper_trtllm.fork_format import BoundForkFormat
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.request import ForkJoinRequest, RequestError, RequestLimits, check_request
 
@@ -15,18 +19,54 @@ class ExecutorClosedError(RuntimeError):
     """The executor takes no more requests."""
 
 
+@dataclass(frozen=True, slots=True)
+class FormatTerms:
+    """What a request in a fork format must be known for, wherever it is checked.
+
+    Attributes:
+        max_depth: How deep the model may nest its forks.
+        refusal: Why the format cannot be served; None if it can.
+    """
+
+    max_depth: int
+    refusal: str | None = None
+
+    @classmethod
+    def of(
+        cls, bound: BoundForkFormat, limits: RequestLimits, capabilities: EngineCapabilities
+    ) -> FormatTerms:
+        """Terms of a format for a model, under limits, on an engine."""
+        refusal = None
+        given = (*bound.branch_header_ids("1"), *bound.join_ids(), *bound.forced_close_ids())
+        if max(given) >= capabilities.vocab_size:
+            refusal = f"its texts have tokens outside the vocabulary of {capabilities.vocab_size}"
+        elif bound.tag_ids is None and capabilities.granularity == "lease":
+            refusal = (
+                "its tags are not single tokens of this model, and the engine draws several tokens "
+                "before anyone can look at them"
+            )
+        return cls(min(bound.format.limits.max_depth, limits.max_depth), refusal)
+
+
 class RequestGate:
     """Keeps the open requests. Not locked: whoever shares it between threads locks.
 
     Args:
         limits: What one request may ask for.
         capabilities: The engine's limits count too: what it cannot hold is refused, not tried.
+        format_terms: Fork formats, by name.
     """
 
-    def __init__(self, limits: RequestLimits, capabilities: EngineCapabilities) -> None:
+    def __init__(
+        self,
+        limits: RequestLimits,
+        capabilities: EngineCapabilities,
+        format_terms: Mapping[str, FormatTerms],
+    ) -> None:
         longest = min(limits.max_total_tokens, capabilities.max_seq_len)
         self._limits = limits.model_copy(update={"max_total_tokens": longest})
         self._capabilities = capabilities
+        self._format_terms = format_terms
         self._is_started: dict[str, bool] = {}
         self._num_waiting = 0
         self._closed_because: str | None = None
@@ -41,10 +81,26 @@ class RequestGate:
         self._check_open()
         check_request(request, self._limits, self._capabilities.vocab_size)
         footprint = serial_footprint_blocks(
-            len(request.input_ids), request.program, self._capabilities.tokens_per_block
+            len(request.input_ids),
+            request.program,
+            self._capabilities.tokens_per_block,
+            self._written_depth(request),
         )
         if footprint > self._capabilities.num_kv_blocks:
             raise RequestError("stages", "needs more KV cache than the engine has")
+
+    def _written_depth(self, request: ForkJoinRequest) -> int:
+        name = request.fork_format
+        if name is None:
+            return 0
+        terms = self._format_terms.get(name)
+        if terms is None:
+            known = ", ".join(sorted(self._format_terms))
+            reason = f"is not one of {known}" if known else "needs a tokenizer of the served model"
+            raise RequestError("fork_format", f"{name!r} {reason}")
+        if terms.refusal is not None:
+            raise RequestError("fork_format", f"{name!r} cannot be served: {terms.refusal}")
+        return terms.max_depth
 
     def enter(self, request_id: str) -> None:
         """Opens a request, waiting.

@@ -24,7 +24,7 @@ from taper_trtllm.batch import StepRecord
 from taper_trtllm.executor_process import ExecutorProcess
 from taper_trtllm.metrics import MetricChange, ServingMetrics
 from taper_trtllm.output import BranchOutput, RequestOutput
-from taper_trtllm.request import ForkJoinRequest
+from taper_trtllm.request import ForkJoinRequest, RequestError
 
 # A cancel must end a family within 100 ms; asking costs 34-105 us.
 _POLL_RUNNING_S = 0.04
@@ -105,6 +105,17 @@ class ResponseStreamer:
         self._executor.submit(request, on_output=partial(self._on_output, stream))
         self._opened.append(stream)
         self._wake.set()
+
+    def cancel_branches(self, request_id: str, branch_paths: Iterable[str]) -> None:
+        """Ends branches of an open request; the join goes on without them.
+
+        Raises:
+            RequestError: No such request is open.
+        """
+        if self._executor.is_running(request_id) is None:
+            raise RequestError("cancel_request_id", f"{request_id!r} is not open")
+        for path in branch_paths:
+            self._executor.cancel_branch(request_id, path)
 
     def count_refusal(self, request_id: str) -> None:
         """A request was answered with an error and never submitted."""
@@ -233,13 +244,17 @@ class ResponseStreamer:
 
 
 def merge_outputs(outputs: Iterable[RequestOutput]) -> RequestOutput:
-    """One output for several consecutive ones of a request: tokens joined per branch and stage."""
-    merged: dict[tuple[str, int], BranchOutput] = {}
+    """One output for several consecutive ones of a request: tokens joined per branch and stage.
+
+    Events stay where they are; tokens that follow one move up to those before it, and that is never
+    before the event with which their branch or stage began.
+    """
+    merged: dict[tuple[str, int] | int, BranchOutput] = {}
     last: RequestOutput | None = None
     for output in outputs:
         last = output
         for new in output.branches:
-            key = (new.branch_path, new.stage_index)
+            key = len(merged) if new.event else (new.branch_path, new.stage_index)
             before = merged.get(key)
             merged[key] = new if before is None else _extend(before, new)
     assert last is not None
@@ -249,6 +264,7 @@ def merge_outputs(outputs: Iterable[RequestOutput]) -> RequestOutput:
         finish_reason=last.finish_reason,
         error=last.error,
         metrics=last.metrics,
+        progress=last.progress,
     )
 
 

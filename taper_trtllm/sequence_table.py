@@ -114,6 +114,17 @@ class SequenceTable:
         self._rows["last_advanced"][parent.row] = self.step  # it has no claim to go first
         self.touch(parent)
 
+    def extend(
+        self, sequence: LiveSequence, suffix_ids: Sequence[int], params: SequenceParams
+    ) -> None:
+        """Appends pending tokens: a child that begins with them is taken over at once."""
+        parent_id, child_id = sequence.sequence_id, next(self._ids)
+        num_computed = self._engine.num_computed_tokens(parent_id)
+        self._engine.fork_sequence(parent_id, child_id, num_computed, suffix_ids, params)
+        self._engine.join_sequence(parent_id, child_id, ())
+        self._rows["last_advanced"][sequence.row] = self.step
+        self.touch(sequence)
+
     def preempt(self, sequence: LiveSequence) -> None:
         """See `Engine.preempt_sequence`."""
         self._engine.preempt_sequence(sequence.sequence_id)

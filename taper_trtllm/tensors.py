@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from taper_trtllm.config import ServingConfig
-from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput
+from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput, StepProgress
 from taper_trtllm.request import (
+    MAX_FAN_OUT,
     MAX_STOP_TOKEN_IDS,
     ForkJoinRequest,
     RequestError,
@@ -50,6 +51,10 @@ INPUT_NAMES = (
     "streaming",
     "stop_token_ids",
     "cache_salt_id",
+    "fork_format",
+    "events",
+    "cancel_request_id",
+    "cancel_branch_paths",
     *_SAMPLING_FIELDS,
     *_SLO_FIELDS,
 )
@@ -62,12 +67,43 @@ class DecodedRequest:
     Attributes:
         request: What to run.
         streaming: Answer as tokens come; otherwise once, at the end.
-        is_text: It came as `text_input`; answers carry `text_output`.
+        is_text: It came as `text_input`; answers carry `text_output`, with the tags of a fork
+            format in it.
     """
 
     request: ForkJoinRequest
     streaming: bool
     is_text: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BranchCancel:
+    """A control request: branches of another request that nobody wants any more."""
+
+    request_id: str
+    branch_paths: tuple[str, ...]
+
+
+def decode_branch_cancel(tensors: Mapping[str, Array]) -> BranchCancel | None:
+    """The control request that the tensors are; None if they are a request.
+
+    Raises:
+        RequestError: Names the tensor that is missing or does not belong to it.
+    """
+    if "cancel_request_id" not in tensors and "cancel_branch_paths" not in tensors:
+        return None
+    for name in ("cancel_request_id", "cancel_branch_paths"):
+        if name not in tensors:
+            raise RequestError(name, "required to cancel branches")
+    others = tensors.keys() - {"cancel_request_id", "cancel_branch_paths"}
+    if others:
+        raise RequestError(min(others), "does not belong to a cancel of branches")
+    paths = tensors["cancel_branch_paths"].reshape(-1)
+    check_limit("cancel_branch_paths", paths.size, MAX_FAN_OUT, "branches")
+    return BranchCancel(
+        _scalar(tensors, "cancel_request_id"),
+        tuple(_text("cancel_branch_paths", path) for path in paths),
+    )
 
 
 def decode_request(
@@ -94,7 +130,10 @@ def decode_request(
         "slo": _slo(tensors, config),
         "max_tokens": _scalar(tensors, "max_tokens"),
         "cache_salt_id": _scalar(tensors, "cache_salt_id"),
+        "fork_format": _scalar(tensors, "fork_format"),
     }
+    if "events" in tensors:
+        fields["events"] = _scalar(tensors, "events")
     stages = _scalar(tensors, "stages")
     if stages is not None:
         fields["stages"] = parse_stages(stages)
@@ -111,12 +150,15 @@ def decode_request(
     )
 
 
-def encode_output(output: RequestOutput, texts: Sequence[str] | None) -> dict[str, Array]:
+def encode_output(
+    output: RequestOutput, texts: Sequence[str] | None, *, has_events: bool
+) -> dict[str, Array]:
     """Output tensors of one response.
 
     Args:
         output: New tokens by branch; what ends the request if it is the last one.
         texts: New text of each entry of `output.branches`; None without text.
+        has_events: The request asked for events.
     """
     branches = output.branches
     tensors = {
@@ -128,6 +170,10 @@ def encode_output(output: RequestOutput, texts: Sequence[str] | None) -> dict[st
     }
     if texts is not None:
         tensors["text_output"] = _strings(texts)
+    if output.progress is not None:
+        tensors.update(_progress_tensors(output.progress))
+    if has_events:
+        tensors["branch_event"] = _strings([branch.event for branch in branches])
     if output.finish_reason is not None:
         tensors["finish_reason"] = _strings([output.finish_reason])
     if output.metrics is not None:
@@ -138,8 +184,9 @@ def encode_output(output: RequestOutput, texts: Sequence[str] | None) -> dict[st
 class TextDecoder:
     """Text of one request's branches as they stream."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> None:
         self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
         self._decoders: dict[tuple[str, int], IncrementalDecoder] = {}
 
     def decode(self, branches: Sequence[BranchOutput]) -> list[str]:
@@ -147,9 +194,16 @@ class TextDecoder:
         return [self._decode_one(branch) for branch in branches]
 
     def _decode_one(self, branch: BranchOutput) -> str:
+        if branch.event:
+            return self._new().push(branch.token_ids, last=True)
         key = (branch.branch_path, branch.stage_index)
-        decoder = self._decoders.setdefault(key, IncrementalDecoder(self._tokenizer))
+        decoder = self._decoders.get(key)
+        if decoder is None:
+            decoder = self._decoders[key] = self._new()
         return decoder.push(branch.token_ids, last=branch.finish_reason is not None)
+
+    def _new(self) -> IncrementalDecoder:
+        return IncrementalDecoder(self._tokenizer, skip_special_tokens=self._skip_special_tokens)
 
 
 def _prompt_ids(
@@ -207,11 +261,26 @@ def _scalar(tensors: Mapping[str, Array], name: str) -> Any:
         return float(str(value))  # 0.7 as FP32 is the client's 0.7, not 0.699999988
     if isinstance(value, np.generic):
         return value.item()
+    return _text(name, value)
+
+
+def _text(name: str, value: bytes) -> str:
     check_limit(name, len(value), MAX_STRING_BYTES, "bytes")
     try:
         return value.decode()
     except UnicodeDecodeError as error:
         raise RequestError(name, f"not valid UTF-8 ({error.reason})") from None
+
+
+def _progress_tensors(progress: StepProgress) -> dict[str, Array]:
+    tensors = {
+        "step_ms": np.array([progress.step_ms], np.float32),
+        "width": _int32([progress.width]),
+        "batch_width": _int32([progress.batch_width]),
+    }
+    if progress.slack_ms is not None:
+        tensors["slack_ms"] = np.array([progress.slack_ms], np.float32)
+    return tensors
 
 
 def _metric_tensors(metrics: RequestMetrics) -> dict[str, Array]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from hypothesis import strategies as st
 
@@ -58,13 +58,16 @@ def requests(depth: int = 3) -> st.SearchStrategy[ForkJoinRequest]:
 
 
 def expected_outputs(
-    request: ForkJoinRequest, generate: Callable[[str, Sequence[int], int], list[int]]
+    request: ForkJoinRequest,
+    generate: Callable[[str, Sequence[int], int], list[int]],
+    cancelled: Container[str] = (),
 ) -> dict[tuple[str, int], list[int]]:
     """Decoded tokens by (branch path, stage index), each branch generated alone.
 
     Args:
         request: The program.
         generate: (branch path, context, max new tokens) -> tokens, stop token included.
+        cancelled: Paths of branches that the joins leave out.
     """
     outputs: dict[tuple[str, int], list[int]] = {}
 
@@ -80,6 +83,8 @@ def expected_outputs(
                 base = f"{path}.{index}" if path else str(index)
                 context = [*prefix, *text]
                 for b, branch in enumerate(stage.branches):
+                    if f"{base}.{b}" in cancelled:
+                        continue
                     header = list(branch.header_ids)
                     text += header + run(f"{base}.{b}", context + header, branch.program)
                 text += stage.join_ids

@@ -50,6 +50,8 @@ REQUEST = RequestMetrics(
     num_joined_tokens=0,
     num_deferred_branch_steps=0,
     mean_width=1.0,
+    join_mode="concat",
+    join_is_as_trained=None,
     slo_met=False,
 )
 

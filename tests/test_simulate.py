@@ -221,6 +221,7 @@ def simulated(arrival_s, ttft_s, end_s, branching=False, met=True, tokens=10) ->
         ttft_ms=1e3 * ttft_s, tpot_ms=20.0, serial_tpot_ms=None, join_wait_ms=0.0,
         num_forks=int(branching), num_reused_tokens=0, num_reused_blocks=0,
         num_recomputed_tokens=0, num_joined_tokens=0, num_deferred_branch_steps=0, mean_width=1.0,
+        join_mode="concat", join_is_as_trained=None,
         slo_met=met,
     )  # fmt: skip
     stages = ({"type": "parallel", "branches": [{"max_tokens": 5}]},)

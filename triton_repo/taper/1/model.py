@@ -17,8 +17,15 @@ from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import RequestError
 from taper_trtllm.request_gate import ExecutorClosedError, QueueFullError
 from taper_trtllm.response_stream import ResponseStreamer
-from taper_trtllm.tensors import INPUT_NAMES, TextDecoder, decode_request, encode_output
-from taper_trtllm.tokenizer import load_tokenizer
+from taper_trtllm.tensors import (
+    INPUT_NAMES,
+    DecodedRequest,
+    TextDecoder,
+    decode_branch_cancel,
+    decode_request,
+    encode_output,
+)
+from taper_trtllm.tokenizer import Tokenizer, load_tokenizer
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -61,28 +68,35 @@ class TritonPythonModel:
             for name in INPUT_NAMES
             if (tensor := pb_utils.get_input_tensor_by_name(request, name)) is not None
         }
+        cancel = decode_branch_cancel(tensors)
+        if cancel is not None:
+            self._streamer.cancel_branches(cancel.request_id, cancel.branch_paths)
+            sender.send(pb_utils.InferenceResponse([]), flags=_FINAL)
+            return
         request_id = request.request_id() or str(uuid.uuid4())
         decoded = decode_request(tensors, request_id, self._tokenizer, self._config)
-        decoder = TextDecoder(self._tokenizer) if decoded.is_text and self._tokenizer else None
-        sink = _ResponseSink(sender, decoder)
+        sink = _ResponseSink(sender, decoded, self._tokenizer)
         self._streamer.submit(decoded.request, sink, streaming=decoded.streaming)
 
 
 class _ResponseSink:
     """The way back of one request: a Triton response sender."""
 
-    def __init__(self, sender: Any, decoder: TextDecoder | None) -> None:
+    def __init__(self, sender: Any, decoded: DecodedRequest, tokenizer: Tokenizer | None) -> None:
         self._sender = sender
-        self._decoder = decoder
+        self._has_events = decoded.request.events
+        self._decoder: TextDecoder | None = None
+        if decoded.is_text and tokenizer is not None:
+            shows_tags = decoded.request.fork_format is not None
+            self._decoder = TextDecoder(tokenizer, skip_special_tokens=not shows_tags)
 
     def send(self, output: RequestOutput) -> None:
         if output.error is not None:
             _send_error(self._sender, output.error, pb_utils.TritonError.INTERNAL)
             return
         texts = self._decoder.decode(output.branches) if self._decoder is not None else None
-        tensors = [
-            pb_utils.Tensor(name, array) for name, array in encode_output(output, texts).items()
-        ]
+        arrays = encode_output(output, texts, has_events=self._has_events)
+        tensors = [pb_utils.Tensor(name, array) for name, array in arrays.items()]
         response = pb_utils.InferenceResponse(tensors)
         self._sender.send(response, flags=_FINAL if output.finished else 0)
 

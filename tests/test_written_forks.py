@@ -1,0 +1,361 @@
+"""Forks that the model writes: any text it may write, under every policy, against its own rules.
+
+The toy model draws from an alphabet of tags, so most of what it writes is forks, good and bad.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+from programs import requests
+from test_executor import (
+    SPECS,
+    Collector,
+    alone,
+    fan_out,
+    make_executor,
+    named,
+    property_test,
+    run_to_end,
+    seed_of,
+)  # fmt: skip
+from toy_engine import ToyEngine, next_token, toy_profile
+
+from taper_trtllm.config import SchedulerConfig
+from taper_trtllm.executor import TaperExecutor
+from taper_trtllm.fork_format import BoundForkFormat, ForkFormat, ForkLimits
+from taper_trtllm.kv_budget import serial_footprint_blocks
+from taper_trtllm.output import RequestOutput
+from taper_trtllm.request import (
+    ForkJoinRequest,
+    RequestLimits,
+    SamplingParams,
+    SerialStage,
+    SloTarget,
+)  # fmt: skip
+from taper_trtllm.tokenizer import ByteTokenizer
+
+END_ID = ord("$")
+ALPHABET = b"((((123123!!!)A)" * 5 + bytes([END_ID])
+
+
+def fork_format(**changes) -> ForkFormat:
+    fields = {
+        "name": "toy", "trigger": "!", "scope_open": "(", "outline_pattern": "([123])",
+        "branch_end": ")", "separator_first": "%", "separator_next": "/",
+        "branch_header": "B{id}:", "join_text": ";J", "forced_close": "#)",
+        "limits": ForkLimits(max_depth=2, max_branches=3), "trained_join": "concat",
+    }  # fmt: skip
+    return ForkFormat(**{**fields, **changes})
+
+
+FORMATS = {
+    "tokens": fork_format(),
+    "text": fork_format(trigger="!!", scope_open="((", branch_end="A)", forced_close="A)"),
+    "strict": fork_format(
+        on_duplicate_ids="finish", on_too_many="first", on_no_outlines="finish",
+        limits=ForkLimits(max_depth=1, max_branches=2, max_rounds=1, max_branch_tokens=9),
+    ),
+    "critical": fork_format(
+        on_duplicate_ids="all", separator_next="",
+        limits=ForkLimits(max_depth=3, max_branches=3, max_critical_tokens=20),
+    ),
+}  # fmt: skip
+
+
+def speak(tokens, seed: int = 0) -> int:
+    return ALPHABET[next_token(tokens, seed) % len(ALPHABET)]
+
+
+class TalkingEngine(ToyEngine):
+    """Draws tags more often than a model would."""
+
+    def _draw(self, sequence) -> int:
+        tokens = [self._content[self._slot(sequence, i)] for i in range(len(sequence.tokens))]
+        return speak(tokens, sequence.params.seed if sequence.params.sampling.temperature else 0)
+
+
+def make_talker(engine: ToyEngine, policy: str, form: ForkFormat, **scheduler) -> TaperExecutor:
+    config = SchedulerConfig(policy=policy, max_batch_size=64, **scheduler)
+    bound = [BoundForkFormat(form, ByteTokenizer())]
+    slo = SloTarget(ttft_ms=200, tpot_ms=8)
+    return TaperExecutor(engine, toy_profile(), config, RequestLimits(), slo, fork_formats=bound)
+
+
+class Alone:
+    """One request by the rules of its format, each branch decoded by itself."""
+
+    def __init__(self, request: ForkJoinRequest, form: ForkFormat) -> None:
+        self.request, self.form = request, form
+        self.outputs: dict[tuple[str, int], list[int]] = {}
+        self.refusals: Counter[str] = Counter()
+        limit = form.limits.max_critical_tokens
+        self.text, _ = self.run("", [*request.input_ids], [], request.max_tokens, limit, 0)
+
+    def run(self, path, prefix, header, max_tokens, critical, depth):
+        """The branch's own tokens, and how it ended; `critical` decoded ones at most in a row."""
+        form, own, stage, num_forks, on_path = self.form, [*header], 0, 0, 0
+        while True:
+            left = max_tokens - len(own)
+            left = left if critical is None else min(left, critical - on_path)
+            new, end, ids = self.stretch(path, [*prefix, *own], left, depth, num_forks,
+                                         len(own), max_tokens, critical, on_path)  # fmt: skip
+            self.outputs[path, stage] = new
+            own, on_path = own + new, on_path + len(new)
+            if end != "fork":
+                return own, (end, on_path)
+            num_forks += 1
+            share = self.share(ids, max_tokens - len(own), critical, on_path)
+            texts, longest = [], 0
+            for index, outline in enumerate(ids):
+                head = list(f"{form.separator_first}{form.branch_header}".encode())
+                head = list(bytes(head).replace(b"{id}", outline.encode()))
+                text, (end, count) = self.run(
+                    f"{path}.{stage + 1}.{index}" if path else f"{stage + 1}.{index}",
+                    [*prefix, *own], head, len(head) + share,
+                    None if critical is None else critical - on_path - 1, depth + 1,
+                )  # fmt: skip
+                text = text[len(head) :]
+                text = text[:-1] if end == "eos" else text
+                close = b"" if end == "tag" else form.forced_close.encode()
+                between = form.separator_first if index == 0 else form.separator_next
+                again = (between + form.branch_header).replace("{id}", outline).encode()
+                texts += [*again, *text, *close]
+                longest = max(longest, count)
+            own, on_path = [*own, *texts, *form.join_text.encode()], on_path + longest
+            stage += 2
+
+    def stretch(self, path, context, left, depth, num_forks, num_own, max_tokens, critical, done):
+        """Decodes until a tag, the end or the limit; returns tokens, why, and outline ids."""
+        form, new, text, unread, scope = self.form, [], "", 0, None
+        seed = seed_of(self.request, path) if self.request.sampling.temperature else 0
+        while True:
+            new.append(speak([*context, *new], seed))
+            text += chr(new[-1])
+            may_fork = depth < form.limits.max_depth
+            if depth and text[unread:].endswith(form.branch_end):
+                return new, "tag", ()
+            if may_fork and text[unread:].endswith(form.scope_open):
+                unread = scope = len(text)
+            elif may_fork and text[unread:].endswith(form.trigger):
+                inside = text[scope : -len(form.trigger)] if scope is not None else ""
+                unread, scope = len(text), None
+                ids = re.findall(form.outline_pattern, inside)
+                verdict = self.verdict(ids, num_forks, max_tokens - num_own - len(new), critical,
+                                       done + len(new))  # fmt: skip
+                if isinstance(verdict, tuple):
+                    return new, "fork", verdict
+                self.refusals[verdict] += 1
+                policy = {"no_outlines": form.on_no_outlines, "too_many_branches": form.on_too_many,
+                          "duplicate_ids": form.on_duplicate_ids}.get(verdict)  # fmt: skip
+                if policy == "finish":
+                    return new, "stopped", ()
+            if new[-1] == END_ID:
+                return new, "eos", ()
+            if len(new) == left:
+                return new, "length", ()
+
+    def verdict(self, ids, num_forks, num_left, critical, on_path):
+        form = self.form
+        if not ids:
+            return "no_outlines"
+        if len(set(ids)) < len(ids):
+            if form.on_duplicate_ids == "finish":
+                return "duplicate_ids"
+            if form.on_duplicate_ids == "first":
+                ids = list(dict.fromkeys(ids))
+        if len(ids) > form.limits.max_branches:
+            if form.on_too_many != "first":
+                return "too_many_branches"
+            ids = ids[: form.limits.max_branches]
+        if num_forks == form.limits.max_rounds:
+            return "too_many_rounds"
+        return tuple(ids) if self.share(ids, num_left, critical, on_path) > 0 else "no_budget"
+
+    def share(self, ids, num_left, critical, on_path):
+        form = self.form
+        first = len(form.separator_first + form.branch_header) - len("{id}") + 1
+        joined = len(form.separator_next + form.branch_header) + 3
+        given = len(form.join_text) + 1 + len(ids) * (max(first, joined) + len(form.forced_close))
+        share = (num_left - given) // (len(ids) + 1)
+        if form.limits.max_branch_tokens is not None:
+            share = min(share, form.limits.max_branch_tokens)
+        return share if critical is None else min(share, critical - on_path - 1)
+
+
+def decoded(outputs: list[RequestOutput]) -> dict[tuple[str, int], list[int]]:
+    tokens: dict[tuple[str, int], list[int]] = {}
+    for output in outputs:
+        for branch in output.branches:
+            if not branch.event:
+                tokens.setdefault((branch.branch_path, branch.stage_index), []).extend(
+                    branch.token_ids
+                )
+    return tokens
+
+
+def check_events(outputs: list[RequestOutput], refusals: Counter[str]) -> None:
+    """Every branch begins, then decodes, then ends, then is joined; once each."""
+    state: dict[str, str] = {"": "begun"}
+    for branch in (b for output in outputs for b in output.branches):
+        path, parent = branch.branch_path, branch.branch_path.rpartition(".")[0].rpartition(".")[0]
+        match branch.event:
+            case "":
+                assert state[path] == "begun" and branch.token_ids
+            case "stage_started":
+                assert state[path] == "begun"
+                state[f"{path}/{branch.stage_index}"] = "open"
+            case "branch_started":
+                assert path not in state and branch.token_ids
+                stage = path.rpartition(".")[0].rpartition(".")[2]
+                assert state[f"{parent}/{stage}"] == "open"
+                state[path] = "begun"
+            case "branch_finished":
+                assert state[path] == "begun" and branch.finish_reason
+                state[path] = "ended"
+            case "joined":
+                assert state[f"{path}/{branch.stage_index}"] == "open"
+                state[f"{path}/{branch.stage_index}"] = "joined"
+                below = f"{path}.{branch.stage_index}." if path else f"{branch.stage_index}."
+                children = [s for p, s in state.items() if p.startswith(below)]
+                assert children and set(children) <= {"ended", "joined"}
+            case refused:
+                reason = refused.removeprefix("fork_refused:")
+                assert reason != refused
+                refusals[reason] -= 1
+    assert set(state.values()) <= {"begun", "ended", "joined"}
+    assert not any(refusals.values())
+
+
+talks = st.builds(
+    lambda prompt, n, warm, name: (
+        ForkJoinRequest(
+            request_id="r", input_ids=tuple(prompt), max_tokens=n, fork_format="toy", events=True,
+            sampling=SamplingParams(end_id=END_ID, temperature=float(warm)),
+        ),
+        name,
+    ),
+    st.lists(st.integers(0, 96), min_size=1, max_size=12), st.integers(1, 400), st.booleans(),
+    st.sampled_from(list(FORMATS)),
+)  # fmt: skip
+
+
+@property_test
+@given(
+    drawn=st.lists(talks, min_size=1, max_size=4), name=st.sampled_from(list(FORMATS)),
+    policy=st.sampled_from(SPECS), spare=st.integers(0, 60), slots=st.integers(1, 4),
+    fraction=st.sampled_from([1.0, 0.5, 0.2]),
+)  # fmt: skip
+def test_written_forks_equal_their_rules_under_every_schedule(
+    drawn, name, policy, spare, slots, fraction
+):
+    """Rules 4, 5, 7 and 8, with as little memory as the largest request needs alone."""
+    form = FORMATS[name]
+    batch = [
+        talk.model_copy(update={"request_id": f"r{index}"}) for index, (talk, _) in enumerate(drawn)
+    ]
+    depth = form.limits.max_depth
+    footprint = max(
+        serial_footprint_blocks(len(r.input_ids), r.program, 4, depth) for r in batch
+    )  # fmt: skip
+    engine = TalkingEngine(num_kv_blocks=footprint + spare)
+    executor = make_talker(
+        engine, policy, form, max_num_requests=slots, kv_reserve_fraction=fraction
+    )
+    collector = Collector()
+    for request in batch:
+        executor.submit(request, collector)
+    run_to_end(executor, engine)
+    for request in batch:
+        alone = Alone(request, form)
+        outputs = collector.outputs[request.request_id]
+        assert outputs[-1].finish_reason == "completed"
+        assert decoded(outputs) == alone.outputs
+        assert len(alone.text) <= request.max_tokens
+        check_events(outputs, alone.refusals)
+    assert engine.num_free_blocks == footprint + spare
+    assert engine.num_sequences == 0
+
+
+@property_test
+@given(
+    drawn=st.lists(requests(depth=2), min_size=1, max_size=3), policy=st.sampled_from(SPECS),
+    spare=st.integers(0, 40), fraction=st.sampled_from([1.0, 0.3]), data=st.data(),
+)  # fmt: skip
+def test_a_join_goes_on_without_cancelled_branches(drawn, policy, spare, fraction, data):
+    """Branches are withdrawn at any moment; the rest is what would have been without them."""
+    batch = [
+        r.model_copy(update={"events": True, "stages": _cancellable(r.stages)})
+        for r in named(drawn)
+    ]
+    footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, 4) for r in batch)
+    engine = ToyEngine(num_kv_blocks=footprint + spare)
+    executor = make_executor(engine, policy, max_num_requests=2, kv_reserve_fraction=fraction)
+    collector = Collector()
+    for request in batch:
+        executor.submit(request, collector)
+    cancels = data.draw(
+        st.lists(
+            st.tuples(st.integers(0, 40), st.integers(0, 2), st.integers(0, 2), st.integers(0, 3)),
+            max_size=6,
+        )
+    )
+    for step in range(5000):
+        for at, index, stage, branch in cancels:
+            if at == step:
+                executor.cancel_branch(f"r{index}", f"{stage}.{branch}")
+                executor.cancel_branch(f"r{index}", f"{stage}.{branch}.0.0")
+        if not executor.num_open_requests:
+            break
+        executor.run_once()
+        engine.check_integrity()
+    for request in batch:
+        outputs = collector.outputs[request.request_id]
+        assert outputs[-1].finish_reason == "completed"
+        entries = [b for output in outputs for b in output.branches]
+        gone = {
+            b.branch_path for b in entries
+            if b.event == "branch_finished" and b.finish_reason == "cancelled"
+        }  # fmt: skip
+        expected = alone(request, gone)
+        got = decoded(outputs)
+        for key, tokens in expected.items():
+            assert got[key] == tokens
+        for path, _ in got.keys() - expected.keys():
+            assert any(f"{path}.".startswith(f"{g}.") for g in gone)
+    assert engine.num_free_blocks == footprint + spare
+    assert engine.num_sequences == 0
+
+
+def _cancellable(stages):
+    return stages and tuple(
+        stage
+        if isinstance(stage, SerialStage)
+        else stage.model_copy(
+            update={
+                "allow_branch_cancel": True,
+                "branches": tuple(
+                    branch.model_copy(update={"stages": _cancellable(branch.stages)})
+                    for branch in stage.branches
+                ),
+            }
+        )
+        for stage in stages
+    )
+
+
+def test_only_what_the_program_allows_is_cancelled():
+    engine = ToyEngine()
+    executor = make_executor(engine)
+    request, collector = fan_out("r0", 3), Collector()
+    executor.submit(request, collector)
+    while not any(b.branch_path == "1.0" for o in collector.outputs["r0"] for b in o.branches):
+        executor.run_once()
+    for path in ("", "1.0", "1.7", "nonsense", "9.9.9"):
+        executor.cancel_branch("r0", path)
+    executor.cancel_branch("unknown", "1.0")
+    run_to_end(executor, engine)
+    assert collector.tokens("r0") == alone(request)
