@@ -7,7 +7,7 @@ branch 1  \n <Path>\n1: text </Path>
 branch 2  \n <Path>\n2: text </Path>
           ^ separator  ^ text of its own
              ^ branch_header   ^ branch_end
-root      [all that, in order] \n<Conclusion>\\n text
+root      [all that, in order] \n<Conclusion>\n text
                                ^ join_text
 ```
 Tags and texts of the formats shipped: Multiverse (Infini-AI-Lab/Multiverse, served by
@@ -18,7 +18,7 @@ Reasoner (bigai-nlco/Native-Parallel-Reasoner).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations
@@ -43,7 +43,7 @@ from taper_trtllm.tag_scanner import (
 )
 from taper_trtllm.tokenizer import Tokenizer
 
-RefusalReason = Literal[
+ForkRefusalReason = Literal[
     "no_outlines", "duplicate_ids", "too_many_branches", "too_many_rounds", "no_budget"
 ]
 
@@ -219,7 +219,7 @@ class Refusal:
         finish: The request ends; else the branch decodes on serially.
     """
 
-    reason: RefusalReason
+    reason: ForkRefusalReason
     finish: bool
 
 
@@ -321,6 +321,8 @@ class BoundForkFormat:
 
 
 def _without_overlap(text: str, tail: str) -> str:
-    """The text without its longest beginning that `tail` ends with."""
-    sizes: Iterable[int] = range(min(len(text), len(tail)), 0, -1)
+    """What is left to give of a text behind a tail that has all of it or ends in its beginning."""
+    if tail.startswith(text):
+        return ""
+    sizes = range(min(len(text), len(tail)), 0, -1)
     return text[next((size for size in sizes if tail.endswith(text[:size])), 0) :]

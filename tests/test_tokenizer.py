@@ -66,6 +66,15 @@ def test_checkpoint_tokenizer_round_trips_and_streams(checkpoint_dir: Path) -> N
     assert "".join(stream(tokenizer, [[i] for i in ids])) == TEXT
     end = tokenizer.encode("<|end|>", add_special_tokens=False)
     assert stream(tokenizer, [ids, end])[-1] == ""
+    assert tokenizer.decode([*end, *ids], skip_special_tokens=False) == "<|end|>" + TEXT
+    decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False)
+    assert [decoder.push(part, last=False) for part in (ids, end)] == [TEXT, "<|end|>"]
+
+
+def test_only_the_character_that_is_incomplete_is_held_back() -> None:
+    fox = list("🦊".encode())
+    pieces = [[65, fox[0]], fox[1:3], [fox[3], 66, *fox[:3]], [fox[3]]]
+    assert stream(ByteTokenizer(), pieces) == ["A", "", "🦊B", "🦊"]
 
 
 def test_garbage_is_not_held_back_for_ever() -> None:
