@@ -27,7 +27,12 @@ from taper_trtllm.fork_format import (
 )
 from taper_trtllm.fork_format_file import ForkFormatError, load_fork_formats, parse_fork_formats
 from taper_trtllm.tag_scanner import Sighting, TagScanner
-from taper_trtllm.tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer
+from taper_trtllm.tokenizer import (
+    ByteTokenizer,
+    HuggingFaceTokenizer,
+    IncrementalDecoder,
+    Tokenizer,
+)
 
 SHIPPED = list(FORMATS.values())
 
@@ -446,6 +451,20 @@ def test_a_tag_is_seen_although_its_token_ends_inside_a_character():
     pieces = [fox[:1], fox[1:3], fox[3:] + b"</Pa", b"th>\n" + fox[:2], fox[2:]]
     sightings = [scanner.push(i) for i in tokenizer.ids_of(pieces)]
     assert sightings == [None, None, None, Sighting("branch_end", (), "\n"), None]
+
+
+@given(st.text("aé東🦊\n", max_size=4), st.randoms(use_true_random=False))
+def test_text_of_tokens_that_end_inside_characters_adds_up(text: str, rng: random.Random):
+    tokenizer = PieceTokenizer()
+    ids = tokenizer.split(text, cut_at(rng, 2))
+    decoder = IncrementalDecoder(tokenizer, skip_special_tokens=False)
+    streamed = ""
+    while ids:
+        size = rng.randrange(1, 4)
+        streamed += decoder.push(ids[:size], last=False)
+        ids = ids[size:]
+        assert text.startswith(streamed)
+    assert streamed + decoder.push((), last=True) == text
 
 
 @pytest.mark.parametrize("tags", [tags_of(MULTIVERSE), ()], ids=["token", "text"])
