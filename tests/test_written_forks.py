@@ -5,9 +5,13 @@ The toy model draws from an alphabet of tags, so most of what it writes is forks
 
 from __future__ import annotations
 
+import random
 import re
 from collections import Counter
+from pathlib import Path
 
+import pytest
+import test_trtllm_engine as trtllm
 from hypothesis import given
 from hypothesis import strategies as st
 from programs import requests
@@ -24,6 +28,7 @@ from test_executor import (
 )  # fmt: skip
 from toy_engine import ToyEngine, next_token, toy_profile
 
+from perf.trtllm_fake.decoders import StepOutput
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.fork_format import BoundForkFormat, ForkFormat, ForkLimits
@@ -31,10 +36,12 @@ from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import (
     ForkJoinRequest,
+    RequestError,
     RequestLimits,
     SamplingParams,
     SerialStage,
     SloTarget,
+    build_request,
 )  # fmt: skip
 from taper_trtllm.tokenizer import ByteTokenizer
 
@@ -359,3 +366,124 @@ def test_only_what_the_program_allows_is_cancelled():
     executor.cancel_branch("unknown", "1.0")
     run_to_end(executor, engine)
     assert collector.tokens("r0") == alone(request)
+
+
+# ----------------------------------------------------------------------------- compiled engines
+
+
+class TalkingDecoder(trtllm.ToyDecoder):
+    """The same on the fake of TensorRT-LLM's executor."""
+
+    def step(self, step):
+        output = super().step(step)
+        return StepOutput([speak(r.text.tokens) for r in step.drawing], output.duration_s)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engine")
+
+
+def make_lease_talker(engine, policy: str, form: ForkFormat, **scheduler) -> TaperExecutor:
+    return make_talker(engine, policy, form, **{"max_prefill_tokens": 64, **scheduler})
+
+
+@trtllm.property_test
+@given(
+    drawn=st.lists(talks, min_size=1, max_size=3),
+    name=st.sampled_from([name for name in FORMATS if name != "text"]),
+    policy=st.sampled_from(SPECS), mode=st.sampled_from(trtllm.MODES),
+    lease_tokens=st.integers(1, 12), spare=st.integers(0, 60), fraction=st.sampled_from([1.0, 0.3]),
+)  # fmt: skip
+def test_places_end_at_tags(path, drawn, name, policy, mode, lease_tokens, spare, fraction):
+    """Engines that draw several tokens at a time stop where the model forks, and nowhere else."""
+    form = FORMATS[name]
+    batch = trtllm.greedy([talk for talk, _ in drawn])
+    depth = form.limits.max_depth
+    footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, 4, depth) for r in batch)
+    engine = trtllm.make_engine(
+        path, decoder=TalkingDecoder(), num_kv_blocks=footprint + spare, mode=mode,
+        lease_tokens=lease_tokens,
+    )  # fmt: skip
+    executor = make_lease_talker(
+        engine, policy, form, max_num_requests=2, kv_reserve_fraction=fraction
+    )
+    collector = Collector()
+    for request in batch:
+        executor.submit(request, collector)
+    run_to_end(executor, engine)
+    for request in batch:
+        expected = Alone(request, form)
+        outputs = collector.outputs[request.request_id]
+        assert outputs[-1].finish_reason == "completed"
+        assert decoded(outputs) == expected.outputs
+        check_events(outputs, expected.refusals)
+    engine.assert_idle()
+
+
+def test_formats_that_cannot_be_served_are_refused_by_name(path):
+    engine = trtllm.make_engine(path, mode="lease")
+    executor = make_lease_talker(engine, "taper", FORMATS["text"])
+    request = ForkJoinRequest(request_id="r", input_ids=(1,), max_tokens=5, fork_format="toy")
+    with pytest.raises(RequestError, match="'toy' cannot be served: its tags are not single"):
+        executor.submit(request)
+    with pytest.raises(RequestError, match="fork_format: 'other' is not one of toy"):
+        executor.submit(request.model_copy(update={"fork_format": "other"}))
+    with pytest.raises(RequestError, match="needs a tokenizer"):
+        make_executor(ToyEngine()).submit(request)
+    foreign = make_talker(ToyEngine(), "taper", fork_format(join_text="\x7f"))
+    with pytest.raises(RequestError, match="tokens outside the vocabulary of 97"):
+        foreign.submit(request)
+    with pytest.raises(RequestError, match="fork_format: give stages or fork_format, not both"):
+        build_request(
+            request_id="r",
+            input_ids=[1],
+            fork_format="toy",
+            stages=[{"type": "serial", "max_tokens": 1}],
+        )
+
+
+# --------------------------------------------------------------------------------------- fuzzing
+
+
+class FuzzEngine(ToyEngine):
+    """Draws documents of tags at random: quick, and the same however the step was composed."""
+
+    def _compute(self, plan, decode, chunks, copies):
+        self.clock_s += 1e-3
+        drawn = {i: self._letter(s) for i, s in zip(plan.decode, decode, strict=True)}
+        return drawn | {c.sequence_id: self._letter(c.sequence) for c in chunks if c.sample}
+
+    def _letter(self, sequence) -> int:
+        return ALPHABET[hash((sequence.params.seed, len(sequence.tokens))) % len(ALPHABET)]
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_ten_thousand_documents_end_without_a_leak(name):
+    """2500 of each format, a dozen at a time, in little memory; some are cancelled."""
+    form = FORMATS[name]
+    rng = random.Random(name)
+    engine = FuzzEngine(num_kv_blocks=400)
+    executor = make_talker(engine, "taper", form, max_num_requests=12, kv_reserve_fraction=0.3)
+    collector, num_submitted = Collector(), 0
+    while num_submitted < 2500 or executor.num_open_requests:
+        while num_submitted < 2500 and executor.num_open_requests < 24:
+            executor.submit(
+                ForkJoinRequest(
+                    request_id=f"r{num_submitted}", input_ids=(1, 2), fork_format="toy",
+                    max_tokens=rng.randint(1, 120), events=True,
+                    sampling=SamplingParams(end_id=END_ID, seed=num_submitted),
+                ),
+                collector,
+            )  # fmt: skip
+            num_submitted += 1
+        if rng.random() < 0.02:
+            executor.cancel(f"r{rng.randrange(max(0, num_submitted - 20), num_submitted)}")
+        assert executor.run_once() is not None
+    reasons = Counter(outputs[-1].finish_reason for outputs in collector.outputs.values())
+    assert reasons.keys() == {"completed", "cancelled"} and reasons.total() == 2500
+    assert any(
+        b.event == "joined" for o in collector.outputs.values() for r in o for b in r.branches
+    )
+    engine.check_integrity()
+    assert engine.num_free_blocks == 400 and engine.num_sequences == 0
