@@ -1,0 +1,110 @@
+"""The wire: values to input tensors, responses to outputs.
+
+The one place on the client's side that knows the tensors' names and types (triton_repo's
+config.pbtxt); the server's is `taper_trtllm.tensors`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tritonclient.grpc import InferInput, InferResult
+
+from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput
+
+INPUT_TYPES: dict[str, tuple[str, Any]] = {
+    "input_ids": ("INT32", np.int32),
+    "text_input": ("BYTES", np.object_),
+    "max_tokens": ("INT32", np.int32),
+    "stages": ("BYTES", np.object_),
+    "streaming": ("BOOL", np.bool_),
+    "temperature": ("FP32", np.float32),
+    "runtime_top_k": ("INT32", np.int32),
+    "runtime_top_p": ("FP32", np.float32),
+    "seed": ("UINT64", np.uint64),
+    "end_id": ("INT32", np.int32),
+    "stop_token_ids": ("INT32", np.int32),
+    "ignore_eos": ("BOOL", np.bool_),
+    "slo_ttft_ms": ("FP32", np.float32),
+    "slo_tpot_ms": ("FP32", np.float32),
+    "slo_stretch": ("FP32", np.float32),
+    "cache_salt_id": ("INT64", np.int64),
+}
+_METRIC_FIELDS = {field.name for field in dataclasses.fields(RequestMetrics)}
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One response.
+
+    Attributes:
+        output: As the executor gave it; `output.error` is never set (errors have a way of their
+            own).
+        texts: Text of each entry of `output.branches`; empty ones if the prompt came as ids.
+    """
+
+    output: RequestOutput
+    texts: tuple[str, ...]
+
+
+def input_tensors(**values: Any) -> list[InferInput]:
+    """Input tensors by name; what is None is left out.
+
+    Args:
+        values: A scalar, a list or an array for each name of `INPUT_TYPES`.
+
+    Raises:
+        KeyError: There is no such tensor.
+    """
+    return [_tensor(name, value) for name, value in values.items() if value is not None]
+
+
+def _tensor(name: str, value: Any) -> InferInput:
+    datatype, numpy_type = INPUT_TYPES[name]
+    array = np.atleast_1d(np.asarray(value, dtype=numpy_type))
+    tensor = InferInput(name, list(array.shape), datatype)
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def is_final(result: InferResult) -> bool:
+    """No response of this request follows."""
+    return result.get_output("finish_reason") is not None
+
+
+def decode_response(result: InferResult) -> Response:
+    """What one response says; the inverse of `taper_trtllm.tensors.encode_output`."""
+    paths = _strings(result, "branch_path")
+    reasons: list[Any] = _strings(result, "branch_finish_reason")
+    stages = result.as_numpy("stage_index").tolist()
+    ids = result.as_numpy("output_ids").tolist()
+    ends = np.cumsum(result.as_numpy("branch_num_tokens")).tolist()
+    branches = tuple(
+        BranchOutput(path, stage, tuple(ids[start:end]), reason or None)
+        for path, stage, start, end, reason in zip(
+            paths, stages, [0, *ends], ends, reasons, strict=False
+        )
+    )
+    texts = tuple(_strings(result, "text_output")) or ("",) * len(branches)
+    output = RequestOutput(result.get_response().id, branches)
+    if is_final(result):
+        finish_reason: Any = _strings(result, "finish_reason")[0]
+        metrics = _metrics(_strings(result, "request_metrics")[0])
+        output = output._replace(finish_reason=finish_reason, metrics=metrics)
+    return Response(output, texts)
+
+
+def _strings(result: InferResult, name: str) -> list[str]:
+    """A string tensor; empty if it was not sent."""
+    array = result.as_numpy(name)
+    return [] if array is None else [value.decode() for value in array]
+
+
+def _metrics(metrics_json: str) -> RequestMetrics:
+    """Those that this client knows of: a newer server may send more."""
+    sent = json.loads(metrics_json)
+    return RequestMetrics(**{name: sent[name] for name in _METRIC_FIELDS & sent.keys()})
