@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,30 @@ from serving import ended, is_idle, run_in_process, wait_until
 
 from taper_trtllm.client import (
     AsyncTaperClient,
+    BranchFinished,
+    BranchResult,
+    BranchStarted,
     ConnectionLostError,
     DeadlineExceededError,
     Finished,
+    Joined,
     ModelNotFoundError,
     RequestCancelledError,
     RequestError,
     ServerUnavailableError,
+    StageStarted,
     TaperClient,
     Tokens,
     Transcript,
     branch,
+)
+from taper_trtllm.client.__main__ import main
+from taper_trtllm.client.helpers import (
+    best_of_n,
+    map_reduce,
+    numbered_points,
+    skeleton_then_expand,
+    tree_search,
 )
 from taper_trtllm.client.program import Program
 from taper_trtllm.client.wire import INPUT_TYPES
@@ -93,7 +108,7 @@ def test_a_program_that_cannot_be_is_refused_where_it_is_written(build):
         build()
 
 
-def test_an_option_that_is_none_is_refused():
+def test_an_option_that_there_is_none_of_is_refused():
     with TaperClient() as client, pytest.raises(TypeError, match="no such option: heat"):
         client.generate("a", 3, heat=2)
 
@@ -230,40 +245,121 @@ def test_a_model_that_is_not_served_is_named(server: TritonServer):
         client.generate("a", 3)
 
 
-# --------------------------------------------------------------------- cancels, deadlines, losses
+# ------------------------------------------------------------------------------------- events
 
 
 @pytest.mark.triton
-def test_whatever_ends_a_request_early_returns_its_blocks(
-    server: TritonServer, client: TaperClient, serving_config: ServingConfig
-):
-    """Leaving the context, cancelling, an exception, a deadline, a cancelled task, closing."""
-    before = wait_until(server, lambda page: is_idle(page, serving_config))
-    wide = client.fork_join(PROMPT).parallel([branch([b], 400) for b in range(8)])
+def test_events_tell_the_whole_story_in_order(client: TaperClient):
+    """Replayed, they give the transcript; and no branch does anything before it starts."""
+    program = client.fork_join("naïve").serial(5)
+    nested = branch("B").serial(8).parallel([branch("x", 3), branch(max_tokens=4)])
+    program = program.parallel([branch("é:", 24), nested], join="\n").serial(6)
+    with program.stream() as stream:
+        *events, end = stream
+    assert end == Finished(stream.result())
+    assert end.generation.branches.keys() == {"", "1.0", "1.1", "1.1.1.0", "1.1.1.1"}
+    started, ended, forks = {""}, [], []
+    for event in events:
+        assert (event.branch_path in started) != isinstance(event, BranchStarted)
+        assert event.branch_path not in ended
+        match event:
+            case StageStarted(branch_path=path, stage_index=stage):
+                forks.append((path, stage))
+            case BranchStarted(branch_path=path, text=text):
+                started.add(path)
+                assert text == {"1.0": "é:", "1.1": "B", "1.1.1.0": "x", "1.1.1.1": ""}[path]
+            case BranchFinished(branch_path=path):
+                ended.append(path)
+            case Joined(branch_path=path, stage_index=stage, text=text):
+                assert (path, stage) in forks
+                assert text == {"": "\n", "1.1": ""}[path]
+    assert forks == [("", 1), ("1.1", 1)]
+    assert set(ended) == started - {""} and len(ended) == 4
+    for path, result in end.generation.branches.items():
+        own = [e for e in events if isinstance(e, Tokens) and e.branch_path == path]
+        assert sum((event.token_ids for event in own), ()) == result.token_ids
+        assert "".join(event.text for event in own) == result.text
+    widths = {event.progress.width for event in events if event.progress is not None}
+    assert widths == {1, 2, 3}
+    assert program.run().branches == end.generation.branches
 
-    with wide.stream() as stream:
+
+@pytest.mark.triton
+def test_a_cancelled_branch_leaves_the_join_and_nothing_else(client: TaperClient):
+    branches = [branch([b], 20 if b == 2 else 400) for b in range(3)]
+    program = client.fork_join(PROMPT)
+    with program.parallel(branches, allow_branch_cancel=True).serial(9).stream() as stream:
+        reasons = {}
+        for event in stream:
+            match event:
+                case BranchFinished(branch_path="0.2"):
+                    stream.cancel_branch("0.0", "0.1")
+                case Tokens(branch_path=path, finish_reason=reason) if reason is not None:
+                    reasons[path] = reason
+                case BranchFinished(branch_path=path, finish_reason=reason):
+                    reasons[path] = reason
+        stream.cancel_branch("0.0")  # has ended: nothing happens
+    result = stream.result()
+    assert reasons == {"0.0": "cancelled", "0.1": "cancelled", "0.2": "length", "": "length"}
+    assert all(0 < len(result.branches[path].token_ids) < 400 for path in ("0.0", "0.1"))
+    alone = program.parallel(branches[2:]).serial(9).run()
+    assert alone.token_ids == result.token_ids
+
+
+@pytest.mark.triton
+def test_a_branch_of_a_request_that_has_not_begun_cannot_be_cancelled(client: TaperClient):
+    with client.stream("", 3) as stream, pytest.raises(RequestError, match="is not open"):
+        stream.cancel_branch("0.0")
+
+
+@pytest.mark.triton
+def test_an_unknown_fork_format_is_refused(client: TaperClient):
+    with pytest.raises(RequestError) as refused:
+        client.generate("a", 3, fork_format="nobody's")
+    assert refused.value.field == "fork_format"
+
+
+# --------------------------------------------------------------------- cancels, deadlines, losses
+
+
+def leave_early(client: TaperClient, url: str) -> None:
+    with client.stream(PROMPT, 1900) as stream:
         assert isinstance(next(stream), Tokens)
     with pytest.raises(RequestCancelledError) as cancelled:
         stream.result()
-    assert sum(map(len, tokens_of(cancelled.value.partial).values())) > 0
+    assert 0 < len(cancelled.value.partial.token_ids) < 1900
 
-    with wide.stream() as stream:
+
+def cancel(client: TaperClient, url: str) -> None:
+    with client.stream(PROMPT, 1900) as stream:
         next(stream)
         stream.cancel()
         with pytest.raises(RequestCancelledError):
             list(stream)
 
-    with pytest.raises(ZeroDivisionError), wide.stream() as stream:
+
+def raise_inside(client: TaperClient, url: str) -> None:
+    with pytest.raises(ZeroDivisionError), client.stream(PROMPT, 1900) as stream:
         next(stream)
         raise ZeroDivisionError
 
-    with pytest.raises(DeadlineExceededError, match=r"deadline_s=0\.5") as late:
-        wide.run(deadline_s=0.5)
-    assert 0 < sum(map(len, tokens_of(late.value.partial).values())) < 8 * 400
 
+def exceed_the_deadline(client: TaperClient, url: str) -> None:
+    with pytest.raises(DeadlineExceededError, match=r"deadline_s=0\.5") as late:
+        client.generate(PROMPT, 1900, deadline_s=0.5)
+    assert len(late.value.partial.token_ids) < 1900
+
+
+def interrupt(client: TaperClient, url: str) -> None:
+    threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        client.generate(PROMPT, 1900)
+
+
+def cancel_the_task(client: TaperClient, url: str) -> None:
     async def run() -> None:
-        async with AsyncTaperClient(server.grpc_url) as async_client:
-            stream = async_client.stream(PROMPT, 1500)
+        async with AsyncTaperClient(url) as async_client:
+            stream = async_client.stream(PROMPT, 1900)
 
             async def consume() -> None:
                 async with stream:
@@ -278,16 +374,35 @@ def test_whatever_ends_a_request_early_returns_its_blocks(
 
     asyncio.run(run())
 
-    other = TaperClient(server.grpc_url)
-    stream = other.stream(PROMPT, 1500).__enter__()
+
+def close_the_client(client: TaperClient, url: str) -> None:
+    other = TaperClient(url)
+    stream = other.stream(PROMPT, 1900).__enter__()
     next(stream)
     other.close()
 
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    "end_early",
+    [
+        leave_early, cancel, raise_inside, exceed_the_deadline, interrupt, cancel_the_task,
+        close_the_client,
+    ],
+)  # fmt: skip
+def test_whatever_ends_a_request_early_returns_its_blocks(
+    server: TritonServer,
+    client: TaperClient,
+    serving_config: ServingConfig,
+    end_early: Callable[[TaperClient, str], None],
+):
+    before = wait_until(server, lambda page: is_idle(page, serving_config))
+    end_early(client, server.grpc_url)
     after = wait_until(
         server,
         lambda page: (
             is_idle(page, serving_config)
-            and ended(page, "cancelled") == ended(before, "cancelled") + 6
+            and ended(page, "cancelled") == ended(before, "cancelled") + 1
         ),
     )
     assert ended(after, "completed") == ended(before, "completed")
@@ -302,7 +417,10 @@ def test_leaving_a_stream_that_has_ended_cancels_nothing(
         with client.stream(PROMPT, 3) as stream:
             while not isinstance(next(stream), Finished):
                 pass
-    wait_until(server, lambda page: ended(page, "completed") == ended(before, "completed") + 10)
+    after = wait_until(
+        server, lambda page: ended(page, "completed") == ended(before, "completed") + 10
+    )
+    assert ended(after, "cancelled") == ended(before, "cancelled")
     assert stream.result().finish_reason == "completed"
     assert list(stream) == []
 
@@ -318,16 +436,107 @@ def test_a_server_that_comes_late_is_waited_for_and_one_that_dies_is_reported(
 ):
     """Connecting is tried again; what was sent is not."""
     server = TritonServer(serving_config_path)
-    with TaperClient(server.grpc_url, connect_timeout_s=120) as client:
-        with ThreadPoolExecutor(1) as pool:
-            early = pool.submit(client.generate, PROMPT, 5)
-            time.sleep(0.3)
-            assert not early.done()
-            with server:
-                assert len(early.result().token_ids) == 5
-                with client.stream(PROMPT, 2000) as stream:
-                    next(stream)
-                    kill(server)
-                    with pytest.raises(ConnectionLostError) as lost:
-                        list(stream)
-        assert 0 < len(lost.value.partial.token_ids) < 2000
+    with (
+        TaperClient(server.grpc_url, connect_timeout_s=120) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        early = pool.submit(client.generate, PROMPT, 5)
+        time.sleep(0.3)
+        assert not early.done()
+        with server:
+            assert len(early.result().token_ids) == 5
+            with client.stream(PROMPT, 1900) as stream:
+                next(stream)
+                os.killpg(server._process.pid, signal.SIGKILL)
+                with pytest.raises(ConnectionLostError) as lost:
+                    list(stream)
+    assert 0 < len(lost.value.partial.token_ids) < 1900
+
+
+# ------------------------------------------------------------------------------------- helpers
+
+
+@pytest.mark.triton
+def test_best_of_n_ranks_what_was_drawn(client: TaperClient):
+    def score(result: BranchResult) -> float:
+        return sum(result.token_ids)
+
+    ranked = best_of_n(client, PROMPT, 5, 12, score=score, temperature=1.0, seed=3)
+    assert len({candidate.result.token_ids for candidate in ranked}) == 5
+    assert [c.score for c in ranked] == sorted((score(c.result) for c in ranked), reverse=True)
+
+
+@pytest.mark.triton
+def test_a_skeleton_is_read_and_each_of_its_points_expanded(client: TaperClient):
+    assert numbered_points("Plan:\n1. a b\n 2) c\n3.\n- d\n10. e ") == ["a b", "c", "e"]
+    nothing = skeleton_then_expand(client, "Plan:", plan_tokens=4, point_tokens=5)
+    assert nothing.points == () and nothing.expanded is None
+    some = skeleton_then_expand(
+        client, "Plan:", plan_tokens=4, point_tokens=5, parse_points=lambda _: ["one", "two"]
+    )
+    expected = client.fork_join("Plan:" + some.plan.text).parallel(
+        [branch("\n\none\n", 5), branch("\n\ntwo\n", 5)]
+    )
+    assert some.expanded is not None
+    assert some.expanded.branches == expected.run().branches
+
+
+@pytest.mark.triton
+def test_map_reduce_has_every_chunk_before_it(client: TaperClient):
+    chunks = ["first", "second", "third"]
+    reduced = map_reduce(client, "p", chunks, map_tokens=4, reduce_prompt=" all:", reduce_tokens=7)
+    context = list(b"p")
+    for i, chunk in enumerate(chunks):
+        context += [*chunk.encode(), *reduced.branches[f"0.{i}"].token_ids]
+    assert reduced.token_ids == client.generate([*context, *b" all:"], 7).token_ids
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("beam", [1, 2])
+def test_a_tree_search_prunes_to_its_beam_and_returns_its_best(client: TaperClient, beam: int):
+    def score(text: str, token_ids: Sequence[int]) -> float:
+        return sum(token_ids) / len(token_ids)
+
+    found = tree_search(
+        client, PROMPT, width=3, depth=2, step_tokens=30, beam=beam, score=score,
+        temperature=1.0, seed=5,
+    )  # fmt: skip
+    assert len(found.token_ids) == 60
+    assert found.scores[found.best] == score("", found.token_ids)
+    first = {path for path in found.scores if path.count(".") == 1}
+    assert len(first - found.pruned) == min(beam, 3)
+    second = {p for p in found.scores if p.count(".") == 3 and p[:3] not in found.pruned}
+    assert 1 <= len(second - found.pruned) <= beam
+    assert found.best in second - found.pruned
+
+
+# -------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.triton
+def test_the_demo_draws_every_branch_and_saves_the_picture(
+    server: TritonServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    picture = tmp_path / "demo.svg"
+    arguments = ["demo", "--url", server.grpc_url, "--branches", "3", "--max-tokens", "9"]
+    assert main([*arguments, "--prompt", "Hot?", "--show-ids", "--record", str(picture)]) == 0
+    drawn = " ".join(capsys.readouterr().out.split())
+    for part in ("Hot?", "1.0 · 9 · length", "1.2 · 9 · length", "91 tokens", "SLO met"):
+        assert part in drawn
+    assert "\x1b" not in drawn
+    assert "1.2" in picture.read_text() and "<svg" in picture.read_text()
+
+
+@pytest.mark.triton
+def test_generate_prints_text_or_everything(
+    server: TritonServer, client: TaperClient, capsys: pytest.CaptureFixture[str]
+):
+    expected = client.generate("Hot?", 30)
+    arguments = ["generate", "Hot?", "--url", server.grpc_url, "--max-tokens", "30"]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == expected.text + "\n"
+    assert main([*arguments, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["branches"][""]["stages"][0]["token_ids"] == list(expected.token_ids)
+    assert main([*arguments, "--top-p", "0"]) == 1
+    assert capsys.readouterr().err.startswith("error: top_p: ")

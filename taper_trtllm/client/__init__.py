@@ -15,27 +15,40 @@ from taper_trtllm.client.errors import (
     ServerUnavailableError,
     TaperClientError,
 )
-from taper_trtllm.client.events import Event, Finished, Tokens
+from taper_trtllm.client.events import (
+    BranchFinished,
+    BranchStarted,
+    Event,
+    Finished,
+    ForkRefused,
+    Joined,
+    StageStarted,
+    Tokens,
+)
 from taper_trtllm.client.program import BranchProgram, RequestOptions, branch
 from taper_trtllm.client.results import BranchResult, Generation, StageResult, Transcript
 from taper_trtllm.client.stream import AsyncStream
 from taper_trtllm.client.sync import ForkJoin, Stream, TaperClient
-from taper_trtllm.output import RequestMetrics
+from taper_trtllm.output import RequestMetrics, StepProgress
 from taper_trtllm.request import RequestError
 
 __all__ = [
     "AsyncForkJoin",
     "AsyncStream",
     "AsyncTaperClient",
+    "BranchFinished",
     "BranchProgram",
     "BranchResult",
+    "BranchStarted",
     "ConnectionLostError",
     "DeadlineExceededError",
     "Event",
     "Finished",
     "ForkJoin",
+    "ForkRefused",
     "Generation",
     "InterruptedRequestError",
+    "Joined",
     "ModelNotFoundError",
     "RequestCancelledError",
     "RequestError",
@@ -44,6 +57,8 @@ __all__ = [
     "RequestOptions",
     "ServerUnavailableError",
     "StageResult",
+    "StageStarted",
+    "StepProgress",
     "Stream",
     "TaperClient",
     "TaperClientError",

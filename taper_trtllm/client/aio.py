@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -62,35 +63,50 @@ class AsyncTaperClient:
         await self._connection.close()
 
     async def generate(
-        self, prompt: TextOrIds, max_tokens: int, **options: Unpack[RequestOptions]
+        self,
+        prompt: TextOrIds,
+        max_tokens: int,
+        *,
+        fork_format: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Generation:
         """Decodes up to `max_tokens` tokens behind `prompt`.
 
         Args:
             prompt: Text or token ids.
-            max_tokens: At most so many.
+            max_tokens: At most so many; with `fork_format`, all that is put behind the prompt.
+            fork_format: The model writes forks itself, in this format, such as ``multiverse``.
             options: See `RequestOptions`.
 
         Raises:
             RequestError: The server refused the request; names the field.
             TaperClientError: See `client.errors`.
         """
-        async with self.stream(prompt, max_tokens, **options) as stream:
+        what = {"max_tokens": max_tokens, "fork_format": fork_format}
+        async with self._open(prompt, options, what) as stream:
             return await stream.result()
 
     def stream(
-        self, prompt: TextOrIds, max_tokens: int, **options: Unpack[RequestOptions]
+        self,
+        prompt: TextOrIds,
+        max_tokens: int,
+        *,
+        fork_format: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> AsyncStream:
         """As `generate`, event by event: ``async with client.stream(...) as stream:``."""
-        return self._open(prompt, options, max_tokens=max_tokens)
+        what = {"max_tokens": max_tokens, "fork_format": fork_format, "events": True}
+        return self._open(prompt, options, what)
 
     def fork_join(self, prompt: TextOrIds) -> AsyncForkJoin:
         """A program to build on: ``await client.fork_join("...").serial(16).run()``."""
         return AsyncForkJoin(client=self, prompt=prompt)
 
-    def _open(self, prompt: TextOrIds, options: RequestOptions, **fields: Any) -> AsyncStream:
+    def _open(
+        self, prompt: TextOrIds, options: RequestOptions, what: Mapping[str, Any]
+    ) -> AsyncStream:
         request_id = options.get("request_id") or uuid.uuid4().hex
-        tensors = {**request_tensors(prompt, options), **fields}
+        tensors = {**request_tensors(prompt, options), **what}
         return AsyncStream(self._connection, request_id, tensors, options.get("deadline_s"))
 
 
@@ -103,9 +119,11 @@ class AsyncForkJoin(Program):
 
     async def run(self, **options: Unpack[RequestOptions]) -> Generation:
         """Runs it to its end; see `AsyncTaperClient.generate`."""
-        async with self.stream(**options) as stream:
+        what = {"stages": self.stages_json()}
+        async with self.client._open(self.prompt, options, what) as stream:
             return await stream.result()
 
     def stream(self, **options: Unpack[RequestOptions]) -> AsyncStream:
         """Runs it, event by event."""
-        return self.client._open(self.prompt, options, stages=self.stages_json())
+        what = {"stages": self.stages_json(), "events": True}
+        return self.client._open(self.prompt, options, what)

@@ -74,12 +74,20 @@ class Program:
         """
         return self._then(SerialStage(max_tokens=max_tokens))
 
-    def parallel(self, branches: Sequence[BranchProgram], *, join: TextOrIds = "") -> Self:
+    def parallel(
+        self,
+        branches: Sequence[BranchProgram],
+        *,
+        join: TextOrIds = "",
+        allow_branch_cancel: bool = False,
+    ) -> Self:
         """Then fork branches from all text so far, and join their texts, in order.
 
         Args:
             branches: Made by `branch`.
             join: Put behind the joined texts.
+            allow_branch_cancel: Branches may be withdrawn while they run; the join then goes on
+                without them (`AsyncStream.cancel_branch`).
 
         Raises:
             pydantic.ValidationError: There is no branch, or too many; or one of them is empty.
@@ -90,6 +98,7 @@ class Program:
                     Branch(**_text_or_ids("header", b.header), stages=b.stages) for b in branches
                 ),
                 **_text_or_ids("join", join),
+                allow_branch_cancel=allow_branch_cancel,
             )
         )
 

@@ -106,6 +106,8 @@ class TranscriptBuilder:
     def add(self, outputs: Sequence[BranchOutput], texts: Sequence[str]) -> None:
         """Adds the outputs of one response and the text of each."""
         for output, text in zip(outputs, texts, strict=True):
+            if output.event:  # headers and join texts were not decoded
+                continue
             stages = self._branches.setdefault(output.branch_path, {})
             stage = stages.setdefault(output.stage_index, _GrowingStage())
             stage.token_ids += output.token_ids

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Mapping
 from types import TracebackType
 from typing import Any
@@ -19,12 +20,13 @@ from taper_trtllm.client.errors import (
     RequestCancelledError,
     RequestFailedError,
 )
-from taper_trtllm.client.events import Event, Finished, Tokens
+from taper_trtllm.client.events import Event, Finished, branch_event
 from taper_trtllm.client.program import TENSOR_OF_OPTION
 from taper_trtllm.client.results import Generation, Transcript, TranscriptBuilder
 from taper_trtllm.client.wire import INPUT_TYPES, Response, decode_response, input_tensors
 from taper_trtllm.request import RequestError
 
+_CONTROL_TIMEOUT_S = 30.0  # a server that does not even answer this is lost
 _OPTION_OF_TENSOR = {tensor: option for option, tensor in TENSOR_OF_OPTION.items()}
 
 
@@ -58,6 +60,7 @@ class AsyncStream:
         self._deadline_s = deadline_s
         self._transcript = TranscriptBuilder(request_id)
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._has_begun = False
         self._generation: Generation | None = None
         self._error: Exception | None = None
         self._call: Any = None
@@ -134,6 +137,30 @@ class AsyncStream:
         if self._generation is None and self._error is None and self._call is not None:
             self._call.cancel()
 
+    async def cancel_branch(self, *branch_paths: str) -> None:
+        """Withdraws branches; those that have ended stay as they are.
+
+        Args:
+            branch_paths: Of branches of parallel stages that allow it (`allow_branch_cancel`).
+
+        Raises:
+            RequestError: The request has not begun.
+            TaperClientError: The server cannot be asked.
+        """
+        inputs = input_tensors(
+            cancel_request_id=self.request_id, cancel_branch_paths=list(branch_paths)
+        )
+        call = self._connection.send(inputs, uuid.uuid4().hex, _CONTROL_TIMEOUT_S)
+        refusals = []
+        try:
+            async for _, error in call:
+                if error is not None:
+                    refusals.append(self._refusal(error.message()))
+        except grpc.aio.AioRpcError as error:
+            raise self._lost(error) from None
+        if refusals and not self._has_begun:  # otherwise it has ended meanwhile
+            raise refusals[0]
+
     # ------------------------------------------------------------------------------ reader task
 
     async def _read(self) -> None:
@@ -154,18 +181,10 @@ class AsyncStream:
 
     def _take(self, response: Response) -> None:
         output = response.output
+        self._has_begun = True
         self._transcript.add(output.branches, response.texts)
         for branch, text in zip(output.branches, response.texts, strict=True):
-            if branch.token_ids or branch.finish_reason is not None:
-                self._events.put_nowait(
-                    Tokens(
-                        branch.branch_path,
-                        branch.stage_index,
-                        branch.token_ids,
-                        text,
-                        branch.finish_reason,
-                    )
-                )
+            self._events.put_nowait(branch_event(branch, text, output.progress))
         if output.finish_reason is not None and output.metrics is not None:
             self._generation = self._transcript.generation(output.finish_reason, output.metrics)
             self._events.put_nowait(Finished(self._generation))
@@ -182,6 +201,9 @@ class AsyncStream:
             return DeadlineExceededError(
                 f"not done within deadline_s={self._deadline_s:g}; cancelled", self.transcript
             )
+        return self._lost(error)
+
+    def _lost(self, error: grpc.aio.AioRpcError) -> Exception:
         return ConnectionLostError(
             f"the connection was lost ({error.code().name}: {error.details()})", self.transcript
         )

@@ -58,16 +58,29 @@ class TaperClient:
         self._loop.stop()
 
     def generate(
-        self, prompt: TextOrIds, max_tokens: int, **options: Unpack[RequestOptions]
+        self,
+        prompt: TextOrIds,
+        max_tokens: int,
+        *,
+        fork_format: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Generation:
         """See `AsyncTaperClient.generate`."""
-        return self._loop.run(self._async.generate(prompt, max_tokens, **options))
+        return self._loop.run(
+            self._async.generate(prompt, max_tokens, fork_format=fork_format, **options)
+        )
 
     def stream(
-        self, prompt: TextOrIds, max_tokens: int, **options: Unpack[RequestOptions]
+        self,
+        prompt: TextOrIds,
+        max_tokens: int,
+        *,
+        fork_format: str | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Stream:
         """As `generate`, event by event: ``with client.stream(...) as stream:``."""
-        return Stream(self._loop, self._async.stream(prompt, max_tokens, **options))
+        stream = self._async.stream(prompt, max_tokens, fork_format=fork_format, **options)
+        return Stream(self._loop, stream)
 
     def fork_join(self, prompt: TextOrIds) -> ForkJoin:
         """A program to build on: ``client.fork_join("...").serial(16).run()``."""
@@ -133,10 +146,21 @@ class Stream:
         """See `AsyncStream.cancel`."""
         self._loop.call_soon(self._stream.cancel)
 
+    def cancel_branch(self, *branch_paths: str) -> None:
+        """See `AsyncStream.cancel_branch`."""
+        self._loop.run(self._stream.cancel_branch(*branch_paths))
+
 
 async def _next(stream: AsyncStream) -> Event | None:
     """The next event; None at the end, because StopIteration does not pass through futures."""
     return await anext(stream, None)
+
+
+async def _end_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 class _LoopThread:
@@ -163,7 +187,8 @@ class _LoopThread:
         self._loop.call_soon_threadsafe(callback)
 
     def stop(self) -> None:
-        """Ends the thread."""
+        """Ends everything that still runs, and the thread."""
+        self.run(_end_tasks())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

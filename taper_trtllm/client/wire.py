@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tritonclient.grpc import InferInput, InferResult
 
-from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput
+from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput, StepProgress
 
 INPUT_TYPES: dict[str, tuple[str, Any]] = {
     "input_ids": ("INT32", np.int32),
@@ -33,6 +33,10 @@ INPUT_TYPES: dict[str, tuple[str, Any]] = {
     "slo_tpot_ms": ("FP32", np.float32),
     "slo_stretch": ("FP32", np.float32),
     "cache_salt_id": ("INT64", np.int64),
+    "fork_format": ("BYTES", np.object_),
+    "events": ("BOOL", np.bool_),
+    "cancel_request_id": ("BYTES", np.object_),
+    "cancel_branch_paths": ("BYTES", np.object_),
 }
 _METRIC_FIELDS = {field.name for field in dataclasses.fields(RequestMetrics)}
 
@@ -82,20 +86,30 @@ def decode_response(result: InferResult) -> Response:
     reasons: list[Any] = _strings(result, "branch_finish_reason")
     stages = result.as_numpy("stage_index").tolist()
     ids = result.as_numpy("output_ids").tolist()
-    ends = np.cumsum(result.as_numpy("branch_num_tokens")).tolist()
+    counts = result.as_numpy("branch_num_tokens")
+    ends = np.cumsum(counts)
+    events = _strings(result, "branch_event") or [""] * len(paths)
     branches = tuple(
-        BranchOutput(path, stage, tuple(ids[start:end]), reason or None)
-        for path, stage, start, end, reason in zip(
-            paths, stages, [0, *ends], ends, reasons, strict=False
+        BranchOutput(path, stage, tuple(ids[end - count : end]), reason or None, event)
+        for path, stage, count, end, reason, event in zip(
+            paths, stages, counts, ends, reasons, events, strict=True
         )
     )
     texts = tuple(_strings(result, "text_output")) or ("",) * len(branches)
-    output = RequestOutput(result.get_response().id, branches)
+    output = RequestOutput(result.get_response().id, branches, progress=_progress(result))
     if is_final(result):
         finish_reason: Any = _strings(result, "finish_reason")[0]
         metrics = _metrics(_strings(result, "request_metrics")[0])
         output = output._replace(finish_reason=finish_reason, metrics=metrics)
     return Response(output, texts)
+
+
+def _progress(result: InferResult) -> StepProgress | None:
+    fields: dict[str, Any] = {
+        name: None if (array := result.as_numpy(name)) is None else array[0].item()
+        for name in StepProgress._fields
+    }
+    return None if fields["step_ms"] is None else StepProgress(**fields)
 
 
 def _strings(result: InferResult, name: str) -> list[str]:
