@@ -47,14 +47,20 @@ def _parser() -> argparse.ArgumentParser:
         "generate", parents=[common], help="decode behind a prompt, printed as it comes"
     )
     generate.add_argument("prompt", help="text; - reads standard input")
-    generate.add_argument("--max-tokens", type=int, default=128, metavar="N", help="%(default)s")
+    generate.add_argument(
+        "--max-tokens", type=int, default=128, metavar="N", help="at most (%(default)s)"
+    )
     generate.add_argument("--json", action="store_true", help="print the whole result as JSON")
 
     demo = commands.add_parser(
         "demo", parents=[common], help="watch the branches of a request decode, in columns"
     )
-    demo.add_argument("--prompt", default="What should a city do against heat?", help="%(default)s")
-    demo.add_argument("--branches", type=int, default=4, metavar="N", help="%(default)s")
+    demo.add_argument(
+        "--prompt", default="What should a city do against heat?", help="text (%(default)s)"
+    )
+    demo.add_argument(
+        "--branches", type=int, default=4, metavar="N", help="how many to fork (%(default)s)"
+    )
     demo.add_argument(
         "--max-tokens", type=int, metavar="N",
         help="of each branch (64); with --fork-format, of the whole request (1024)",

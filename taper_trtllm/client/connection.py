@@ -38,23 +38,19 @@ class Connection:
         self._connect_timeout_s = connect_timeout_s
         self._client: _Client | None = None
 
-    async def connect(self, deadline_s: float | None) -> None:
+    async def connect(self) -> None:
         """Waits until the server is there.
 
         gRPC tries again and again, at most a second apart. Nothing else is ever tried twice: of a
         request that has been sent nobody can know whether it runs.
-
-        Args:
-            deadline_s: Give up after so long, if that is earlier than the connect timeout.
 
         Raises:
             ServerUnavailableError: It is not.
         """
         if self._client is None:
             self._client = _Client(self._url, channel_args=_CHANNEL_ARGUMENTS)
-        limits_s = [self._connect_timeout_s] + ([] if deadline_s is None else [deadline_s])
         try:
-            await asyncio.wait_for(self._client.connected(), min(limits_s))
+            await asyncio.wait_for(self._client.connected(), self._connect_timeout_s)
         except asyncio.TimeoutError:
             raise ServerUnavailableError(
                 f"no Triton server at {self._url} (gRPC); start one with scripts/serve.sh"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from taper_trtllm.client.wire import OPTION_NAMES
 from taper_trtllm.request import Branch, ParallelStage, SerialStage
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 TextOrIds = str | Sequence[int]
 
-TENSOR_OF_OPTION = {"top_k": "runtime_top_k", "top_p": "runtime_top_p"}  # others are the same
+_TENSOR_OF_OPTION = {option: tensor for tensor, option in OPTION_NAMES.items()}
 _NOT_TENSORS = {"request_id", "deadline_s"}
 
 
@@ -138,7 +139,7 @@ def request_tensors(prompt: TextOrIds, options: RequestOptions) -> dict[str, Any
     if unknown:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
     tensors = {
-        TENSOR_OF_OPTION.get(name, name): value
+        _TENSOR_OF_OPTION.get(name, name): value
         for name, value in options.items()
         if name not in _NOT_TENSORS
     }

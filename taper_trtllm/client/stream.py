@@ -21,13 +21,17 @@ from taper_trtllm.client.errors import (
     RequestFailedError,
 )
 from taper_trtllm.client.events import Event, Finished, branch_event
-from taper_trtllm.client.program import TENSOR_OF_OPTION
 from taper_trtllm.client.results import Generation, Transcript, TranscriptBuilder
-from taper_trtllm.client.wire import INPUT_TYPES, Response, decode_response, input_tensors
+from taper_trtllm.client.wire import (
+    INPUT_TYPES,
+    OPTION_NAMES,
+    Response,
+    decode_response,
+    input_tensors,
+)
 from taper_trtllm.request import RequestError
 
 _CONTROL_TIMEOUT_S = 30.0  # a server that does not even answer this is lost
-_OPTION_OF_TENSOR = {tensor: option for option, tensor in TENSOR_OF_OPTION.items()}
 
 
 class AsyncStream:
@@ -70,11 +74,18 @@ class AsyncStream:
         """Sends the request.
 
         Raises:
+            RequestError: A value cannot be sent.
             ServerUnavailableError: The server is not there.
+            DeadlineExceededError: So far it is not.
         """
         inputs = input_tensors(**self._tensors)
         started_s = time.monotonic()
-        await self._connection.connect(self._deadline_s)
+        try:
+            await asyncio.wait_for(self._connection.connect(), self._deadline_s)
+        except asyncio.TimeoutError:
+            raise DeadlineExceededError(
+                f"not connected within deadline_s={self._deadline_s:g}", self.transcript
+            ) from None
         left_s = None
         if self._deadline_s is not None:
             left_s = max(0.0, started_s + self._deadline_s - time.monotonic())
@@ -174,6 +185,9 @@ class AsyncStream:
             self._fail(ConnectionLostError("the server ended the stream early", self.transcript))
         except grpc.aio.AioRpcError as error:
             self._fail(self._broken(error))
+        except ValueError as error:  # a response that this client does not understand
+            self._fail(error)
+            self._call.cancel()
         except asyncio.CancelledError:  # what a call that we cancelled raises
             self._fail(RequestCancelledError("the request was cancelled", self.transcript))
         finally:
@@ -213,5 +227,5 @@ class AsyncStream:
             return ModelNotFoundError(f"model {self._connection.model!r}: {message}")
         field, colon, reason = message.partition(": ")
         if colon and re.split(r"[.\[]", field)[0] in {*INPUT_TYPES, "request_id"}:
-            return RequestError(_OPTION_OF_TENSOR.get(field, field), reason)
+            return RequestError(OPTION_NAMES.get(field, field), reason)
         return RequestFailedError(message, self.transcript)

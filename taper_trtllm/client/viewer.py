@@ -26,6 +26,7 @@ from taper_trtllm.output import StepProgress
 
 _MIN_COLUMN_WIDTH = 24
 _LIVE_LINES = 6  # of each text, while the picture is drawn again and again
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(slots=True)
@@ -60,7 +61,8 @@ class _Branch:
 class RequestView:
     """Draws a request from its events; a rich renderable.
 
-    Branches that the last step advanced have a bright border, those that it left out a dim one.
+    Branches that the last steps advanced have a bright border, those left out a dim one. Below the
+    figures stands how many branches advanced, from the first response to the last.
 
     Attributes:
         is_live: Show the ends of long texts only.
@@ -78,6 +80,7 @@ class RequestView:
         self._show_ids = show_ids
         self._root = _Branch()
         self._progress: StepProgress | None = None
+        self._widths: list[int] = []
         self._advanced: set[str] = set()
         self._started_s = time.monotonic()
         self._finished: Finished | None = None
@@ -93,6 +96,8 @@ class RequestView:
         if event.progress is not self._progress:  # another response
             self._progress = event.progress
             self._advanced.clear()
+            if event.progress is not None:
+                self._widths.append(event.progress.width)
         self._take(event)
 
     def _take(self, event: BranchEvent) -> None:
@@ -130,6 +135,7 @@ class RequestView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """The picture, as wide as the console."""
         yield self._status()
+        yield self._width_bars(options.max_width)
         yield Text(self._prompt, "bold")
         yield from self._stages(self._root, "", options.max_width)
 
@@ -154,10 +160,18 @@ class RequestView:
             ]
         return Text(" · ".join(parts), "reverse")
 
+    def _width_bars(self, width: int) -> Text:
+        """The widths so far, each bar the largest of as many as it stands for."""
+        per_bar = max(1, -(-len(self._widths) // width))
+        starts = range(0, len(self._widths), per_bar)
+        largest = [max(self._widths[start : start + per_bar]) for start in starts]
+        scale = (len(_BARS) - 1) / max(1, *self._widths, 1)
+        return Text("".join(_BARS[round(bar * scale)] for bar in largest), "cyan")
+
     def _stages(self, branch: _Branch, path: str, width: int) -> Iterator[RenderableType]:
         for stage_index, stage in sorted(branch.stages.items()):
             if isinstance(stage, list):
-                yield Text(self._tail("".join(stage), width))
+                yield Text(self._tail("".join(stage), width), overflow="fold")
                 continue
             prefix = f"{path}.{stage_index}" if path else f"{stage_index}"
             yield self._columns(stage, prefix, width)

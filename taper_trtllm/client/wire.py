@@ -15,6 +15,7 @@ import numpy as np
 from tritonclient.grpc import InferInput, InferResult
 
 from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput, StepProgress
+from taper_trtllm.request import RequestError
 
 INPUT_TYPES: dict[str, tuple[str, Any]] = {
     "input_ids": ("INT32", np.int32),
@@ -38,6 +39,7 @@ INPUT_TYPES: dict[str, tuple[str, Any]] = {
     "cancel_request_id": ("BYTES", np.object_),
     "cancel_branch_paths": ("BYTES", np.object_),
 }
+OPTION_NAMES = {"runtime_top_k": "top_k", "runtime_top_p": "top_p"}  # what requests call them
 _METRIC_FIELDS = {field.name for field in dataclasses.fields(RequestMetrics)}
 
 
@@ -62,14 +64,22 @@ def input_tensors(**values: Any) -> list[InferInput]:
         values: A scalar, a list or an array for each name of `INPUT_TYPES`.
 
     Raises:
-        KeyError: There is no such tensor.
+        RequestError: A value does not fit its type.
     """
     return [_tensor(name, value) for name, value in values.items() if value is not None]
 
 
 def _tensor(name: str, value: Any) -> InferInput:
     datatype, numpy_type = INPUT_TYPES[name]
-    array = np.atleast_1d(np.asarray(value, dtype=numpy_type))
+    given = np.atleast_1d(np.asarray(value, np.object_ if datatype == "BYTES" else None))
+    try:
+        array = given.astype(numpy_type)
+        is_same = not np.issubdtype(numpy_type, np.integer) or np.array_equal(array, given)
+    except (OverflowError, TypeError, ValueError):
+        is_same = False
+    if not is_same:
+        name = OPTION_NAMES.get(name, name)
+        raise RequestError(name, f"cannot be sent as {datatype} (got {value!r:.80})")
     tensor = InferInput(name, list(array.shape), datatype)
     tensor.set_data_from_numpy(array)
     return tensor
