@@ -7,15 +7,13 @@ responses are decoded after it stops, so that the client stays out of what it me
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import grpc
-import numpy as np
 from tritonclient.grpc import InferInput, InferResult
 from tritonclient.grpc import aio as grpcclient
 from tritonclient.utils import InferenceServerException
@@ -23,6 +21,8 @@ from tritonclient.utils import InferenceServerException
 from perf.latency import RequestRecord, TokenEvent
 from perf.program import critical_tokens
 from perf.workload import WorkloadRequest
+from taper_trtllm.client.wire import decode_response, input_tensors, is_final
+from taper_trtllm.output import RequestOutput
 
 _Responses = list[tuple[float, InferResult]]
 
@@ -133,23 +133,15 @@ def _cancel_after(item: WorkloadRequest, config: ClientConfig, rng: random.Rando
 
 
 def _inputs(item: WorkloadRequest, config: ClientConfig) -> list[InferInput]:
-    ids = np.array(item.request.input_ids, dtype=np.int32)
-    values: list[tuple[str, str, Any]] = [
-        ("input_ids", "INT32", ids),
-        ("stages", "BYTES", np.array([item.stages_json], dtype=np.object_)),
-        ("streaming", "BOOL", np.array([True])),
-        ("ignore_eos", "BOOL", np.array([item.request.sampling.ignore_eos])),
-    ]
-    for name in ("slo_ttft_ms", "slo_tpot_ms", "slo_stretch"):
-        bound = getattr(config, name)
-        if bound is not None:
-            values.append((name, "FP32", np.array([bound], dtype=np.float32)))
-    inputs = []
-    for name, datatype, array in values:
-        tensor = InferInput(name, list(array.shape), datatype)
-        tensor.set_data_from_numpy(array)
-        inputs.append(tensor)
-    return inputs
+    return input_tensors(
+        input_ids=item.request.input_ids,
+        stages=item.stages_json,
+        streaming=True,
+        ignore_eos=item.request.sampling.ignore_eos,
+        slo_ttft_ms=config.slo_ttft_ms,
+        slo_tpot_ms=config.slo_tpot_ms,
+        slo_stretch=config.slo_stretch,
+    )
 
 
 class _Sender:
@@ -188,7 +180,7 @@ class _Sender:
                 self._error = error.message()
                 continue
             self._responses.append((now_s, result))
-            if len(self._responses) == self._cancel_after and not _is_final(result):
+            if len(self._responses) == self._cancel_after and not is_final(result):
                 self._was_cancelled = True
                 stream.cancel()
                 return
@@ -203,13 +195,9 @@ class _Sender:
     def record(self, start_s: float) -> RequestRecord:
         """Decodes the responses; times count from the start of the run."""
         request = self.item.request
-        finish_reason: str | None = None
-        server_metrics: dict[str, Any] = {}
-        if self._responses and _is_final(self._responses[-1][1]):
-            final = self._responses[-1][1]
-            finish_reason = _text(final.as_numpy("finish_reason")[0])
-            metrics = final.as_numpy("request_metrics")
-            server_metrics = {} if metrics is None else json.loads(_text(metrics[0]))
+        outputs = [(at - start_s, decode_response(result).output) for at, result in self._responses]
+        last = outputs[-1][1] if outputs else None
+        metrics = None if last is None else last.metrics
         return RequestRecord(
             request_id=request.request_id,
             family=self.item.family,
@@ -219,32 +207,18 @@ class _Sender:
             scheduled_s=self.item.arrival_s,
             sent_s=self._sent_s - start_s,
             end_s=self._end_s - start_s,
-            events=tuple(
-                event for at, result in self._responses for event in _events(at - start_s, result)
-            ),
-            finish_reason=finish_reason,
+            events=tuple(event for at_s, output in outputs for event in _events(at_s, output)),
+            finish_reason=None if last is None else last.finish_reason,
             error=self._error,
             was_cancelled=self._was_cancelled,
-            server_metrics=server_metrics,
+            server_metrics={} if metrics is None else asdict(metrics),
         )
 
 
-def _is_final(result: InferResult) -> bool:
-    return result.get_output("finish_reason") is not None
-
-
-def _text(value: bytes) -> str:
-    return value.decode()
-
-
-def _events(time_s: float, result: InferResult) -> list[TokenEvent]:
+def _events(time_s: float, output: RequestOutput) -> list[TokenEvent]:
     """The tokens of one response, by branch; a final response may carry none."""
-    counts = result.as_numpy("branch_num_tokens")
-    if counts is None:
-        return []
-    paths, stages = result.as_numpy("branch_path"), result.as_numpy("stage_index")
     return [
-        TokenEvent(time_s, _text(path), int(stage), int(count))
-        for path, stage, count in zip(paths, stages, counts, strict=True)
-        if count > 0
+        TokenEvent(time_s, branch.branch_path, branch.stage_index, len(branch.token_ids))
+        for branch in output.branches
+        if branch.token_ids
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
 import grpc
@@ -13,31 +13,13 @@ import numpy as np
 from tritonclient.grpc import InferInput, InferRequestedOutput, InferResult
 from tritonclient.grpc import aio as grpcclient
 
+from taper_trtllm.client.wire import decode_response, input_tensors
 from taper_trtllm.output import BranchOutput
 
 STREAM_TIMEOUT_S = 120.0
 
 T = TypeVar("T")
 Transcript = dict[tuple[str, int], list[int]]
-
-_DTYPES: dict[str, tuple[str, Any]] = {
-    "input_ids": ("INT32", np.int32),
-    "text_input": ("BYTES", np.object_),
-    "max_tokens": ("INT32", np.int32),
-    "stages": ("BYTES", np.object_),
-    "streaming": ("BOOL", np.bool_),
-    "temperature": ("FP32", np.float32),
-    "runtime_top_k": ("INT32", np.int32),
-    "runtime_top_p": ("FP32", np.float32),
-    "seed": ("UINT64", np.uint64),
-    "end_id": ("INT32", np.int32),
-    "stop_token_ids": ("INT32", np.int32),
-    "ignore_eos": ("BOOL", np.bool_),
-    "slo_ttft_ms": ("FP32", np.float32),
-    "slo_tpot_ms": ("FP32", np.float32),
-    "slo_stretch": ("FP32", np.float32),
-    "cache_salt_id": ("INT64", np.int64),
-}
 
 
 @dataclass
@@ -55,32 +37,25 @@ class Answer:
     def add(self, result: InferResult) -> None:
         """Takes in one response."""
         self.num_responses += 1
-        paths = [path.decode() for path in result.as_numpy("branch_path")]
-        keys = list(zip(paths, result.as_numpy("stage_index").tolist(), strict=True))
-        ids = iter(result.as_numpy("output_ids").tolist())
-        for key, count in zip(keys, result.as_numpy("branch_num_tokens"), strict=True):
-            self.tokens.setdefault(key, []).extend(next(ids) for _ in range(count))
-        assert next(ids, None) is None
-        for key, reason in zip(keys, result.as_numpy("branch_finish_reason"), strict=True):
+        response = decode_response(result)
+        output = response.output
+        for branch, text in zip(output.branches, response.texts, strict=True):
+            key = (branch.branch_path, branch.stage_index)
             assert key not in self.branch_finish_reasons, "tokens after the end of a stage"
-            if reason:
-                self.branch_finish_reasons[key] = reason.decode()
-        texts = result.as_numpy("text_output")
-        for key, text in zip(keys, texts, strict=True) if texts is not None else ():
-            self.texts[key] = self.texts.get(key, "") + text.decode()
-        if result.get_output("finish_reason") is not None:
-            self.finish_reason = result.as_numpy("finish_reason")[0].decode()
-            self.metrics = json.loads(result.as_numpy("request_metrics")[0])
+            self.tokens.setdefault(key, []).extend(branch.token_ids)
+            if branch.finish_reason is not None:
+                self.branch_finish_reasons[key] = branch.finish_reason
+            if result.get_output("text_output") is not None:
+                self.texts[key] = self.texts.get(key, "") + text
+        if output.metrics is not None:
+            self.finish_reason = output.finish_reason
+            self.metrics = asdict(output.metrics)
 
 
-def tensor(name: str, value: Any, datatype: str | None = None) -> InferInput:
-    """An input tensor; `datatype` sends it as another type than the model expects."""
-    default, numpy_type = _DTYPES.get(name, ("INT32", np.int32))
-    if isinstance(value, np.ndarray):
-        array = value
-    else:
-        array = np.array(value if isinstance(value, list) else [value], numpy_type)
-    made = InferInput(name, list(array.shape), datatype or default)
+def tensor(name: str, value: Any, datatype: str = "INT32") -> InferInput:
+    """An input tensor that the wire would not make: another name, type or shape."""
+    array = np.atleast_1d(np.asarray(value, None if isinstance(value, np.ndarray) else np.int32))
+    made = InferInput(name, list(array.shape), datatype)
     made.set_data_from_numpy(array)
     return made
 
@@ -89,7 +64,7 @@ def tensors(**fields: Any) -> list[InferInput]:
     """Input tensors of a request; `stages` may be a Python list."""
     if isinstance(fields.get("stages"), list):
         fields["stages"] = json.dumps(fields["stages"])
-    return [tensor(name, value) for name, value in fields.items()]
+    return input_tensors(**fields)
 
 
 async def infer(

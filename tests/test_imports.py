@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import taper_trtllm
 
 PACKAGE = Path(taper_trtllm.__file__).parent
@@ -64,6 +66,17 @@ FLOORS = [  # imports run downward only
     {"executor_process"},
     {"response_stream"},
 ]
+CLIENT_FLOORS = [  # the client knows nothing of the server but requests and outputs
+    {"request", "output"},
+    {"client.results", "client.program", "client.wire"},
+    {"client.errors", "client.events"},
+    {"client.connection"},
+    {"client.stream"},
+    {"client.aio"},
+    {"client.sync"},
+    {"client", "client.helpers", "client.viewer"},
+    {"client.__main__"},
+]
 
 
 def test_the_core_needs_numpy_and_pydantic_alone():
@@ -76,9 +89,20 @@ def test_the_core_needs_numpy_and_pydantic_alone():
     assert result.returncode == 0, result.stderr
 
 
-def test_imports_run_downward_and_the_decision_is_pure():
+def test_the_client_needs_no_server_and_no_viewer():
+    code = (
+        "import sys, taper_trtllm.client, taper_trtllm.client.helpers;"
+        "heavy = {'torch', 'rich', 'taper_trtllm.executor', 'taper_trtllm.config'};"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("floors", [FLOORS, CLIENT_FLOORS], ids=["server", "client"])
+def test_imports_run_downward_and_the_decision_is_pure(floors: list[set[str]]):
     below: set[str] = set()
-    for floor in FLOORS:
+    for floor in floors:
         for module in floor:
             path = PACKAGE / module.replace(".", "/")
             path = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")

@@ -8,24 +8,20 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from client import Answer, Transcript, generate, infer, tensor, tensors, transcript, with_client
+from client import Answer, generate, infer, tensor, tensors, with_client
+from serving import ended, is_idle, run_in_process, wait_until
 from tritonclient.grpc import InferInput, InferRequestedOutput
 from tritonclient.grpc.aio import InferenceServerClient
 
 from perf.prove_prefix_reuse import Workload, prove
-from perf.server_metrics import MetricsPage, scrape
+from perf.server_metrics import MetricsPage
 from taper_trtllm import metrics as names
 from taper_trtllm.config import ServingConfig
-from taper_trtllm.executor import TaperExecutor
-from taper_trtllm.output import BranchOutput
-from taper_trtllm.request import build_request
 from taper_trtllm.tokenizer import ByteTokenizer
 from taper_trtllm.triton_server import TritonServer, TritonServerError
 
@@ -66,44 +62,6 @@ def nested(depth: int) -> list[dict[str, Any]]:
     if depth == 0:
         return [{"type": "serial", "max_tokens": 1}]
     return [parallel({"stages": nested(depth - 1)})]
-
-
-def run_in_process(config: ServingConfig, requests: list[dict[str, Any]]) -> list[Transcript]:
-    """The same requests on an executor of this process."""
-    executor = TaperExecutor.from_config(config)
-    outputs: list[list[BranchOutput]] = [[] for _ in requests]
-    for i, fields in enumerate(requests):
-        request = build_request(request_id=str(i), **fields)
-        executor.submit(request, lambda output, i=i: outputs[i].extend(output.branches))
-    executor.drain()
-    executor.shutdown()
-    return [transcript(branches) for branches in outputs]
-
-
-def wait_until(server: TritonServer, holds: Callable[[MetricsPage], bool]) -> MetricsPage:
-    """Polls the metrics page; the generous limit only ends a test that would hang."""
-    deadline_s = time.monotonic() + 60
-    while not holds(page := scrape(server.metrics_url)):
-        server.check_alive()
-        assert time.monotonic() < deadline_s, page
-        time.sleep(0.05)
-    return page
-
-
-def is_idle(page: MetricsPage, config: ServingConfig) -> bool:
-    return (
-        page.total(names.ACTIVE_FAMILIES) == 0
-        and page.total(names.QUEUED_REQUESTS) == 0
-        and page.total(names.KV_FREE_BLOCKS) == config.engine.num_kv_blocks
-    )
-
-
-def ended(page: MetricsPage, finish_reason: str) -> float:
-    return sum(
-        value
-        for name, labels, value in page.samples
-        if name == names.REQUESTS and labels["finish_reason"] == finish_reason
-    )
 
 
 # ----------------------------------------------------------------------------------- answers
