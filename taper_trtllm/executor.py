@@ -623,7 +623,7 @@ def _progress(
         step_ms=step_ms,
         slack_ms=None if slack_s == float("inf") else slack_s * 1e3,
         width=sum(not output.event for output in outputs),
-        batch_width=len(result.decoded),
+        batch_width=len(result.tokens),
     )
 
 

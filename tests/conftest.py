@@ -2,11 +2,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from taper_trtllm.config import ServingConfig, load_config, parse_config
+from taper_trtllm.config import ServingConfig, load_config
 from taper_trtllm.engines import create_engine
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 from taper_trtllm.triton_server import TritonServer
@@ -31,11 +32,11 @@ SERVING = {
 }
 
 
-def write_config(directory: Path) -> Path:
+def write_config(directory: Path, serving: dict[str, Any] = SERVING) -> Path:
     """A serving configuration of a very small model, with an invented latency profile."""
     path = directory / "config.yaml"
-    path.write_text(yaml.safe_dump({**SERVING, "profile": "profile.json"}))
-    engine = create_engine(parse_config(SERVING).engine)
+    path.write_text(yaml.safe_dump({**serving, "profile": "profile.json"}))
+    engine = create_engine(load_config(path).engine)
     LatencyProfile(
         fingerprint=dict(engine.fingerprint),
         decode=tuple(
