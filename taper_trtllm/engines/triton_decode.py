@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import triton
-import triton.language as tl
+
+from taper_trtllm.engines.triton_kernels import attend_split, merge_splits
 
 # Tokens that a program attends to at once. The smallest split.
 _TILE_TOKENS = 64
@@ -34,7 +34,6 @@ _TYPICAL_CONTEXT = 2048
 # With many rows no split is needed if all are alike; these are for one that is much longer.
 _MIN_SPLITS = 8
 _MAX_SPLITS = 64
-_MERGED_AT_ONCE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,10 @@ def paged_decode_attention(
     Returns:
         [n, heads, head_dim], contiguous.
     """
-    raise NotImplementedError
+    own = workspace.splits(len(queries))
+    launch = _Launch(queries, layer_kv, block_tables, context_lens, workspace, own.num_splits)
+    launch.attend(own, first_slot=0)
+    return launch.merge(out)
 
 
 def cascade_decode_attention(
@@ -209,4 +211,80 @@ def cascade_decode_attention(
     Returns:
         [n, heads, head_dim], contiguous.
     """
-    raise NotImplementedError
+    own, shared = workspace.splits(len(queries)), workspace.prefix_splits(len(queries))
+    num_slots = own.num_splits + shared.num_splits
+    launch = _Launch(queries, layer_kv, block_tables, context_lens, workspace, num_slots)
+    launch.attend(shared, first_slot=0, tiles=prefixes.tiles)
+    launch.attend(own, first_slot=shared.num_splits, prefix_lens=prefixes.prefix_lens)
+    return launch.merge(out)
+
+
+@dataclass(frozen=True, slots=True)
+class _Launch:
+    """The launches of one call.
+
+    Attributes:
+        num_slots: Results of each query in the workspace.
+    """
+
+    queries: torch.Tensor
+    layer_kv: torch.Tensor
+    block_tables: torch.Tensor
+    context_lens: torch.Tensor
+    workspace: DecodeWorkspace
+    num_slots: int
+
+    def attend(
+        self,
+        splits: Splits,
+        first_slot: int,
+        *,
+        tiles: torch.Tensor | None = None,
+        prefix_lens: torch.Tensor | None = None,
+    ) -> None:
+        """Fills the slots from `first_slot` on: of shared prefixes, or of each row's own rest."""
+        num_rows, num_heads, head_dim = self.queries.shape
+        tokens_per_block, _, num_kv_heads = self.layer_kv.shape[1:4]
+        own_queries = max(_MIN_QUERIES, triton.next_power_of_2(num_heads // num_kv_heads))
+        attend_split[(num_rows, num_kv_heads, splits.num_splits)](
+            self.queries,
+            self.layer_kv,
+            self.block_tables,
+            self.context_lens,
+            prefix_lens,
+            tiles,
+            self.workspace.attended,
+            self.workspace.log_sums,
+            self.queries.stride(0),
+            self.block_tables.stride(0),
+            SCALE=math.log2(math.e) / math.sqrt(head_dim),
+            HEADS=num_heads,
+            KV_HEADS=num_kv_heads,
+            HEAD_DIM=head_dim,
+            BLOCK_TOKENS=tokens_per_block,
+            TILE_QUERIES=own_queries if tiles is None else _PREFIX_TILE_QUERIES,
+            TILE_TOKENS=_TILE_TOKENS,
+            NUM_SPLITS=splits.num_splits,
+            MIN_SPLIT_TOKENS=splits.min_tokens,
+            FIRST_SLOT=first_slot,
+            NUM_SLOTS=self.num_slots,
+            num_warps=4,
+            num_stages=3,
+        )
+
+    def merge(self, out: torch.Tensor | None) -> torch.Tensor:
+        """Merges the slots of every query."""
+        num_rows, num_heads, head_dim = self.queries.shape
+        if out is None:
+            out = torch.empty_like(self.queries, memory_format=torch.contiguous_format)
+        merge_splits[(num_rows, num_heads)](
+            self.workspace.attended,
+            self.workspace.log_sums,
+            out,
+            HEADS=num_heads,
+            HEAD_DIM=head_dim,
+            NUM_SLOTS=self.num_slots,
+            PADDED_SLOTS=triton.next_power_of_2(self.num_slots),
+            num_warps=4,
+        )
+        return out
