@@ -203,9 +203,9 @@ def test_a_shared_prefix_changes_nothing(shape, groups, num_padding_rows, seed):
 
 
 def test_a_group_may_be_more_than_a_tile():
-    batch = make_batch(Shape(32, 1, 32, 16, 1), [(1, [5]), (9, [1, 40, 16, 17, 2])])
+    batch = make_batch(Shape(32, 1, 32, 16, 1), [(1, [5, 1, 9]), (9, [1, 40, 17, 2])])
     assert batch.workspace.rows_per_tile == 2
-    prefixes = shared_prefixes(batch, [(1, 16), (5, 144)])
+    prefixes = shared_prefixes(batch, [(3, 16), (4, 144)])
     batch.check(cascade_decode_attention(*batch.inputs, prefixes, workspace=batch.workspace))
 
 

@@ -5,7 +5,8 @@ log-sum-exp. The query heads that share a KV head are the rows of one matrix pro
 shared prefix also those of several sequences, so that the prefix is read once for all of them.
 
 Everything that changes between steps is read on the device and the grids depend on shapes alone, so
-the functions can be captured in a CUDA graph. Import this module only where Triton is.
+the functions can be captured in a CUDA graph; the first call of a shape compiles and comes before.
+Import this module only where the Triton language is installed.
 """
 
 from __future__ import annotations
