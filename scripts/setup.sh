@@ -53,4 +53,9 @@ fi
 # torch first and by itself, so that a CPU build already present is kept by what follows.
 "${pip[@]}" "torch>=2.11,<2.14"
 "${pip[@]}" --editable '.[dev]'
+# CUDA builds of torch bring the Triton language of their own version. With others its interpreter
+# runs the tests of the GPU kernels (190 MB to download, 640 MB on disk).
+if ! .venv/bin/python -c 'import triton' 2>/dev/null; then
+    "${pip[@]}" --no-deps triton==3.6.0
+fi
 echo "$inputs" >"$stamp"

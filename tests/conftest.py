@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+# Before anything imports the Triton language. Where there is a GPU, 0 runs its kernels there.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from taper_trtllm.config import ServingConfig, load_config
 from taper_trtllm.engines import create_engine

@@ -48,6 +48,8 @@ FLOORS = [  # imports run downward only
         "engines.trtllm_engine_dir",
         "engines.trtllm_session",
         "engines.trtllm_audit",
+        "engines.triton_decode",
+        "engines.triton_kernels",
     },
     {
         "engines",
