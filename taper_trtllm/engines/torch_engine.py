@@ -12,6 +12,7 @@ from taper_trtllm.engines.base import EngineError, SequenceId, StepPlan
 from taper_trtllm.engines.checkpoint import open_checkpoint, random_checkpoint
 from taper_trtllm.engines.fingerprint import fingerprint
 from taper_trtllm.engines.kv_cache import BlockCopy
+from taper_trtllm.engines.kv_tensors import KvTensors
 from taper_trtllm.engines.paged_attention import PagedAttention
 from taper_trtllm.engines.paged_engine import (
     ChunkWork,
@@ -50,14 +51,10 @@ class TorchEngine(PagedEngine):
                 f"max_position_embeddings of {shape.max_position_embeddings}"
             )
         self._model = Qwen3Model(shape, checkpoint.read, config.max_seq_len, dtype, self._device)
-        self._attention = PagedAttention(
-            shape,
-            config.num_kv_blocks,
-            config.tokens_per_block,
-            config.max_seq_len,
-            dtype,
-            self._device,
+        self._kv = KvTensors(
+            shape, config.num_kv_blocks, config.tokens_per_block, dtype, self._device
         )
+        self._attention = PagedAttention(shape, self._kv, config.max_seq_len)
         self._fingerprint = fingerprint(config, checkpoint, self._device)
         super().__init__(
             per_step_capabilities(
@@ -84,7 +81,7 @@ class TorchEngine(PagedEngine):
     def shutdown(self) -> None:
         """See `Engine`."""
         super().shutdown()
-        del self._model, self._attention
+        del self._model, self._kv, self._attention
 
     def _compute(
         self,
@@ -99,7 +96,7 @@ class TorchEngine(PagedEngine):
         ]
         segments += [segment for chunk in chunks for segment in _segments(chunk)]
         try:
-            self._attention.copy_blocks(copies)
+            self._kv.copy_blocks(copies)
             return self._run(segments)
         except RuntimeError as error:
             raise EngineError(f"step {self._iteration} failed: {error}") from error
