@@ -51,6 +51,8 @@ class TorchEngineConfig(_Model):
         dtype: torch dtype name.
         num_threads: CPU threads of one iteration; one gives the most predictable latency on a
             machine that also runs the server and its clients.
+        prefix_sharing_attention: A step reads what branches of a request share once (cascade
+            attention). It takes most of a branch's price away, so policies differ less.
     """
 
     kind: Literal["torch"] = "torch"
@@ -63,6 +65,7 @@ class TorchEngineConfig(_Model):
     num_kv_blocks: _PositiveInt = 4096
     max_batch_size: _PositiveInt = 512
     max_seq_len: _PositiveInt = 8192
+    prefix_sharing_attention: bool = False
 
 
 class TrtllmEngineConfig(_Model):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import Qwen3Config as HfConfig
 from transformers import Qwen3ForCausalLM
 
 from taper_trtllm.config import ConfigError, RandomModelConfig, SchedulerConfig, TorchEngineConfig
-from taper_trtllm.engines import create_engine
+from taper_trtllm.engines import cascade_attention, create_engine
 from taper_trtllm.engines.base import (
     Engine,
     OutOfBlocksError,
@@ -27,6 +28,7 @@ from taper_trtllm.engines.base import (
     StepPlan,
 )
 from taper_trtllm.engines.checkpoint import random_checkpoint, random_weights
+from taper_trtllm.engines.kv_cache import PADDING_BLOCK
 from taper_trtllm.engines.qwen3 import Qwen3Config
 from taper_trtllm.engines.sampling import draw_tokens
 from taper_trtllm.executor import TaperExecutor
@@ -217,10 +219,18 @@ class RandomFamilies:
             self.live[sequence_id].drawn.append(token)
 
 
+def sharing_engine(monkeypatch: pytest.MonkeyPatch, config: TorchEngineConfig = CONFIG) -> Engine:
+    """An engine that reads every shared prefix once, however short."""
+    monkeypatch.setattr(cascade_attention, "_MIN_SAVED_TOKENS", 0)
+    return create_engine(config.model_copy(update={"prefix_sharing_attention": True}))
+
+
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_families_equal_unbatched_generation(
-    engine: Engine, oracle: Qwen3ForCausalLM, seed: int
+    oracle: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch, seed: int, shares: bool
 ) -> None:
+    engine = sharing_engine(monkeypatch) if shares else create_engine(CONFIG)
     families = RandomFamilies(engine, seed)
     families.run()
 
@@ -233,15 +243,37 @@ def test_random_families_equal_unbatched_generation(
 
 
 # Rule 4, whole: executor, policy and engine together.
-@pytest.mark.parametrize("policy", ["irp-off", "irp-eager", "fixed-cap:2", "taper"])
+@pytest.mark.parametrize(
+    ("policy", "shares"),
+    [
+        ("irp-off", False),
+        ("irp-eager", False),
+        ("fixed-cap:2", False),
+        ("taper", False),
+        ("irp-eager", True),
+        ("taper", True),
+    ],
+)
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     drawn=st.lists(requests(2), min_size=2, max_size=3), num_kv_blocks=st.sampled_from((250, 2048))
 )
 def test_programs_under_a_policy_equal_unbatched_generation(
-    oracle: Qwen3ForCausalLM, policy: str, drawn: list[ForkJoinRequest], num_kv_blocks: int
+    oracle: Qwen3ForCausalLM,
+    policy: str,
+    shares: bool,
+    drawn: list[ForkJoinRequest],
+    num_kv_blocks: int,
 ) -> None:
-    engine = create_engine(CONFIG.model_copy(update={"num_kv_blocks": num_kv_blocks}))
+    config = CONFIG.model_copy(update={"num_kv_blocks": num_kv_blocks})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        engine = sharing_engine(monkeypatch, config) if shares else create_engine(config)
+        check_programs(engine, oracle, policy, drawn)
+
+
+def check_programs(
+    engine: Engine, oracle: Qwen3ForCausalLM, policy: str, drawn: list[ForkJoinRequest]
+) -> None:
     scheduler = SchedulerConfig(
         policy=policy, max_num_requests=4, max_batch_size=64, max_prefill_tokens=8
     )
@@ -270,7 +302,7 @@ def test_programs_under_a_policy_equal_unbatched_generation(
     while executor.num_open_requests:
         executor.run_once()
 
-    assert engine.num_free_blocks == num_kv_blocks
+    assert engine.num_free_blocks == engine.capabilities.num_kv_blocks
     for request in greedy:
         stop_ids = request.sampling.stop_ids
 
@@ -283,6 +315,37 @@ def test_programs_under_a_policy_equal_unbatched_generation(
 
         for (path, stage), tokens in expected_outputs(request, alone).items():
             assert streamed[request.request_id, path, stage] == tokens
+
+
+def test_branches_read_their_prefix_once(
+    oracle: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, rng = sharing_engine(monkeypatch), random.Random(9)
+    prompts = [prompt(rng, 41), prompt(rng, 18)]
+    for i, tokens in enumerate(prompts):
+        engine.add_sequence(i, i, tokens, GREEDY)
+        prefill(engine, i, len(tokens), sample=False)
+    headers = {child: prompt(rng, 1 + child % 3) for child in range(2, 9)}
+    for child, header in headers.items():
+        engine.fork_sequence(child % 2, child, len(prompts[child % 2]), header, GREEDY)
+    drawn = {child: prefill(engine, child, len(header)) for child, header in headers.items()}
+    read = Counter[int]()
+    select = torch.index_select
+
+    def counting_select(source: torch.Tensor, dim: int, index: torch.Tensor, **out: Any) -> Any:
+        if source.shape[0] == CONFIG.num_kv_blocks + 1:
+            read.update(index.tolist())
+        return select(source, dim, index, **out)
+
+    monkeypatch.setattr(torch, "index_select", counting_select)
+    for _ in range(5):
+        for child, token in decode(engine, *headers).items():
+            drawn[child].append(token)
+
+    del read[PADDING_BLOCK]
+    assert max(read.values()) == 2 * 5  # once in each layer and step
+    for child, tokens in drawn.items():
+        assert tokens == generate(oracle, prompts[child % 2] + headers[child], 6)
 
 
 # ------------------------------------------------------------------ fork and join in detail

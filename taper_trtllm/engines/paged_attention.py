@@ -20,7 +20,7 @@ _GROUP_BYTES = 5 << 20  # gathered bytes of a group: what stays in a core's cach
 
 
 @dataclass(frozen=True, slots=True)
-class _PlacedGroup:
+class PlacedGroup:
     """A group and its views of the workspace, which are the same for all layers.
 
     Attributes:
@@ -72,11 +72,11 @@ class PagedAttention:
         self._groups = [self._place(group) for group in batch.groups]
         return batch
 
-    def _place(self, group: AttentionGroup) -> _PlacedGroup:
+    def _place(self, group: AttentionGroup) -> PlacedGroup:
         gathered = self._workspace[: len(group.block_ids)]
         by_segment = gathered.view(group.num_segments, -1, *gathered.shape[2:])
         keys, values = by_segment[:, : group.context].transpose(1, 3).unbind(2)
-        return _PlacedGroup(group, gathered, keys, values)
+        return PlacedGroup(group, gathered, keys, values)
 
     def attend(self, layer: int, queries: torch.Tensor, keys_values: torch.Tensor) -> torch.Tensor:
         """Writes the new KV, then attends; shapes as in `qwen3.Attention`."""
@@ -85,9 +85,7 @@ class PagedAttention:
         split = queries.view(len(queries), self._num_kv_heads, -1, self._head_dim)
         return torch.cat([self._attend_group(layer, placed, split) for placed in self._groups])
 
-    def _attend_group(
-        self, layer: int, placed: _PlacedGroup, queries: torch.Tensor
-    ) -> torch.Tensor:
+    def _attend_group(self, layer: int, placed: PlacedGroup, queries: torch.Tensor) -> torch.Tensor:
         """[rows of the group, heads x head_dim]."""
         group = placed.group
         torch.index_select(self._layers[layer], 0, group.block_ids, out=placed.gathered)

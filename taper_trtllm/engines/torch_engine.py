@@ -9,6 +9,7 @@ import torch
 
 from taper_trtllm.config import ConfigError, TorchEngineConfig
 from taper_trtllm.engines.base import EngineError, SequenceId, StepPlan
+from taper_trtllm.engines.cascade_attention import CascadeAttention
 from taper_trtllm.engines.checkpoint import open_checkpoint, random_checkpoint
 from taper_trtllm.engines.fingerprint import fingerprint
 from taper_trtllm.engines.kv_cache import BlockCopy
@@ -54,11 +55,13 @@ class TorchEngine(PagedEngine):
         self._kv = KvTensors(
             shape, config.num_kv_blocks, config.tokens_per_block, dtype, self._device
         )
-        self._attention = PagedAttention(shape, self._kv, config.max_seq_len)
+        attention = CascadeAttention if config.prefix_sharing_attention else PagedAttention
+        self._attention = attention(shape, self._kv, config.max_seq_len)
         self._fingerprint = fingerprint(config, checkpoint, self._device)
         super().__init__(
             per_step_capabilities(
                 name="torch",
+                prefix_sharing_attention=config.prefix_sharing_attention,
                 bitwise_deterministic=False,
                 virtual_time=False,
                 max_batch_size=config.max_batch_size,
