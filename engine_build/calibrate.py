@@ -113,13 +113,21 @@ class Calibrator:
             decode=decode,
             prefill=tuple(self._measure_prefill()),
         )
+        if self._shares_prefixes:
+            weight = self._measure_sharing(profile)
+            profile = profile.model_copy(update={"shared_context_weight": weight})
         return profile, self._check(profile)
 
     @property
     def num_repetitions(self) -> int:
         """Repetitions of `measure`, for a progress bar."""
         num_points = len(self._levels()) + 2 * len(self._prefill_cases())
+        num_points += self._shares_prefixes
         return self.grid.repetitions * num_points + self.grid.num_checks
+
+    @property
+    def _shares_prefixes(self) -> bool:
+        return self.engine.capabilities.prefix_sharing_attention
 
     def _check_size(self) -> None:
         capabilities = self.engine.capabilities
@@ -191,6 +199,28 @@ class Calibrator:
 
     def _decode(self, sequences: Sequence[int]) -> IterationAudit:
         return self._meter.decode([int(s) for s in sequences])
+
+    def _measure_sharing(self, profile: LatencyProfile) -> float:
+        """`LatencyProfile.shared_context_weight`: many branches on one prefix, against the fit."""
+        context, widths = self._levels()[-1]
+        width, predictor = widths[-1], StepLatencyPredictor(profile, widths[-1])
+        base = self._make_sequences([context], draw=False)
+        branches = list(itertools.islice(self._ids, width))
+        for branch in branches:
+            ids = self._random_ids(1)
+            self.engine.fork_sequence(base[0], branch, context, ids, params(base[0]))
+            self._meter.compute(branch, draw=True)
+        num_shared, samples = (width - 1) * context, []
+        for repetition in range(self.grid.repetitions + 1):
+            step = self._decode(branches)
+            if repetition:  # the first one warms up
+                num_read = step.num_context_tokens - num_shared
+                once_ms = predictor.predict_step_ms(width, num_read)
+                each_ms = predictor.predict_step_ms(width, step.num_context_tokens)
+                samples.append((step.step_ms - once_ms) / max(each_ms - once_ms, 1e-9))
+                self.advance()
+        self._release([*branches, *base])
+        return float(np.clip(np.median(samples), 0.0, 1.0))
 
     # ---- prefill
 

@@ -19,7 +19,7 @@ from taper_trtllm.engines.qwen3 import Qwen3Config
 from taper_trtllm.engines.step_batch import Segment, StepBatch
 
 # Attending to a prefix apart, and merging, costs about as much as reading so many tokens again.
-_MIN_SAVED_TOKENS = 512
+_MIN_SAVED_TOKENS = 1024
 
 # What `scaled_dot_product_attention` runs on a CPU; returns the log-sum-exp too.
 _attend_with_log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
