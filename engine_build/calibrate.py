@@ -114,7 +114,7 @@ class Calibrator:
             prefill=tuple(self._measure_prefill()),
         )
         if self._shares_prefixes:
-            weight = self._measure_sharing(profile)
+            weight = self._measure_sharing()
             profile = profile.model_copy(update={"shared_context_weight": weight})
         return profile, self._check(profile)
 
@@ -200,27 +200,34 @@ class Calibrator:
     def _decode(self, sequences: Sequence[int]) -> IterationAudit:
         return self._meter.decode([int(s) for s in sequences])
 
-    def _measure_sharing(self, profile: LatencyProfile) -> float:
-        """`LatencyProfile.shared_context_weight`: many branches on one prefix, against the fit."""
+    def _measure_sharing(self) -> float:
+        """`LatencyProfile.shared_context_weight`, from branches on one prefix.
+
+        Measured in turn with as many unrelated sequences, as long and shorter, which say what a
+        token costs that is read for one alone.
+        """
         context, widths = self._levels()[-1]
-        width, predictor = widths[-1], StepLatencyPredictor(profile, widths[-1])
-        base = self._make_sequences([context], draw=False)
+        width = max(2, widths[-1] // 2)
+        base, *long = self._make_sequences([context] * (width + 1))
+        short = self._make_sequences([min(self.grid.contexts)] * width)
+        num_shared = self.engine.num_computed_tokens(base)
         branches = list(itertools.islice(self._ids, width))
         for branch in branches:
-            ids = self._random_ids(1)
-            self.engine.fork_sequence(base[0], branch, context, ids, params(base[0]))
-            self._meter.compute(branch, draw=True)
-        num_shared, samples = (width - 1) * context, []
+            self.engine.fork_sequence(base, branch, num_shared, (), params(base))
+        samples = []
         for repetition in range(self.grid.repetitions + 1):
-            step = self._decode(branches)
+            steps = [self._decode(sequences) for sequences in (short, long, branches)]
             if repetition:  # the first one warms up
-                num_read = step.num_context_tokens - num_shared
-                once_ms = predictor.predict_step_ms(width, num_read)
-                each_ms = predictor.predict_step_ms(width, step.num_context_tokens)
-                samples.append((step.step_ms - once_ms) / max(each_ms - once_ms, 1e-9))
+                samples.append([(step.step_ms, step.num_context_tokens) for step in steps])
                 self.advance()
-        self._release([*branches, *base])
-        return float(np.clip(np.median(samples), 0.0, 1.0))
+        self._release([base, *long, *short, *branches])
+        times_ms, totals = np.median(np.array(samples), axis=0).T
+        token_ms = (times_ms[1] - times_ms[0]) / (totals[1] - totals[0])
+        if token_ms <= 0:
+            return 0.0
+        num_read = totals[0] + (times_ms[2] - times_ms[0]) / token_ms
+        num_again = (width - 1) * num_shared
+        return float(np.clip((num_read - (totals[2] - num_again)) / num_again, 0.0, 1.0))
 
     # ---- prefill
 

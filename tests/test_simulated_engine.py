@@ -175,4 +175,4 @@ def test_calibration_learns_what_a_shared_prefix_costs(shares):
     grid = Grid((1, 8, 16, 32, 64), (128, 512, 1024), repetitions=2, num_checks=2)
     measured, _ = Calibrator(SimulatedEngine(profile, config), grid).measure({})
     weight = measured.shared_context_weight
-    assert weight == pytest.approx(0.25, abs=0.02) if shares else weight == 0.0
+    assert weight == pytest.approx(0.25, abs=0.06) if shares else weight == 0.0
