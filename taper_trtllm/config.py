@@ -53,6 +53,8 @@ class TorchEngineConfig(_Model):
             machine that also runs the server and its clients.
         prefix_sharing_attention: A step reads what branches of a request share once (cascade
             attention). It takes most of a branch's price away, so policies differ less.
+        cuda_graphs: On a GPU, steps of decode alone are replayed from CUDA graphs, one per padded
+            width, captured at start.
     """
 
     kind: Literal["torch"] = "torch"
@@ -66,6 +68,7 @@ class TorchEngineConfig(_Model):
     max_batch_size: _PositiveInt = 512
     max_seq_len: _PositiveInt = 8192
     prefix_sharing_attention: bool = False
+    cuda_graphs: bool = True
 
 
 class TrtllmEngineConfig(_Model):

@@ -15,7 +15,10 @@ def fingerprint(
     config: TorchEngineConfig, checkpoint: Checkpoint, device: torch.device
 ) -> dict[str, str]:
     """Engine, model, processor and settings, as strings; switches only where they are on."""
-    switches = {"prefix_sharing_attention": config.prefix_sharing_attention}
+    switches = {
+        "prefix_sharing_attention": config.prefix_sharing_attention,
+        "cuda_graphs": config.cuda_graphs and device.type == "cuda",
+    }
     return {
         "engine": "torch",
         "model": f"{checkpoint.name}-{checkpoint.digest}",

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import torch
 
-from taper_trtllm.engines.kv_cache import BlockCopy
 from taper_trtllm.engines.qwen3 import Qwen3Config
+
+_BlockIds = Sequence[int] | torch.Tensor
 
 
 class KvTensors:
@@ -47,10 +48,9 @@ class KvTensors:
         """Bytes of a token in one layer."""
         return self._blocks[0, 0, 0].nbytes
 
-    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
+    def copy_blocks(self, sources: _BlockIds, targets: _BlockIds) -> None:
         """Copies whole blocks, all layers."""
-        if copies:
-            self._blocks[:, [c.dst for c in copies]] = self._blocks[:, [c.src for c in copies]]
+        self._blocks[:, targets] = self._blocks[:, sources]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

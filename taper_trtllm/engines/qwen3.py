@@ -192,9 +192,10 @@ class Qwen3Model:
             hidden.addmm_(F.silu(gate).mul_(up), layer.down)
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[n, vocab] next-token logits in float32 of n rows of `forward`'s result."""
-        return (self._rms_norm(hidden, self._norm) @ self._head).float()
+        logits = self._rms_norm(hidden, self._norm) @ self._head
+        return logits.float() if out is None else out.copy_(logits)
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm, x / sqrt(mean(x^2) + eps), in half the calls of torch's on a CPU.
