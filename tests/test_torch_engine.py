@@ -560,6 +560,19 @@ def test_checkpoint_round_trip(tmp_path: Path, tied: bool, max_shard_size: str) 
     assert run_alone(engine, 0, 12) == generate(model, tokens, 12)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_billions"),  # 0.6b ties its embeddings; ours never does: 0.16 more
+    [("qwen3-0.6b", 0.752), ("qwen3-8b", 8.191), ("qwen3-32b", 32.762)],
+)
+def test_named_shapes_have_the_published_size(name: str, num_billions: float) -> None:
+    config = TorchEngineConfig.model_validate({"random_model": name})
+    shape = random_checkpoint(config.random_model).config
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(HfConfig(**shape.to_hf()))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    assert num_parameters / 1e9 == pytest.approx(num_billions, abs=1e-3)
+
+
 def test_config_json_of_transformers_4_and_5() -> None:
     new = random_checkpoint(MODEL).config.to_hf() | {"rope_theta": None}
     old = {k: v for k, v in new.items() if k != "rope_parameters"}

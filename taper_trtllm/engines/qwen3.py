@@ -232,8 +232,8 @@ class _Loader:
 
     def matrix(self, *names: str) -> torch.Tensor:
         """[in, sum of out] of matrices that are stored as [out, in]."""
-        parts = [self.read(name).to(self.device, self.dtype) for name in names]
-        return torch.cat(parts).t().contiguous()
+        parts = [self.read(name).to(self.device, self.dtype).t() for name in names]
+        return torch.cat(parts, dim=1)
 
     def norm(self, name: str) -> torch.Tensor:
         weight = self.read(name).to(self.device, torch.float32)

@@ -51,7 +51,7 @@ class TorchEngine(PagedEngine):
         checkpoint = (
             open_checkpoint(config.model_dir)
             if config.model_dir is not None
-            else random_checkpoint(config.random_model)
+            else random_checkpoint(config.random_model, self._device)
         )
         shape = checkpoint.config
         if config.max_seq_len > shape.max_position_embeddings:
