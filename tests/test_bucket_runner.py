@@ -1,17 +1,32 @@
-"""Decode in fixed shapes on a CPU: what a GPU runs, but for its kernels and the capture."""
+"""Decode in fixed shapes on a CPU: what a GPU runs, but for the capture.
+
+With a GPU, `TRITON_INTERPRET=0 pytest tests/test_bucket_runner.py` runs it there, from CUDA graphs.
+"""
 
 from __future__ import annotations
 
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from reference_attention import ReferenceAttention
-from test_torch_engine import CONFIG, GREEDY, RandomFamilies, decode, generate, oracle, prompt
+from test_torch_engine import (
+    CONFIG,
+    GREEDY,
+    MODEL,
+    RandomFamilies,
+    decode,
+    generate,
+    oracle,
+    prompt,
+)
 from transformers import Qwen3ForCausalLM
 
 from taper_trtllm.engines import bucket_batch, create_engine
 from taper_trtllm.engines.base import Engine, PrefillChunk, SequenceParams, StepPlan
+from taper_trtllm.engines.checkpoint import random_checkpoint
 from taper_trtllm.engines.torch_engine import TorchEngine
 from taper_trtllm.request import SamplingParams
 
@@ -48,38 +63,58 @@ SAMPLING = [
 ]
 
 
-def test_tokens_equal_those_of_flat_batches() -> None:
+def tokens_of(engine: Engine, num_steps: int = 16) -> dict[int, list[int]]:
     """Greedy and sampled; decode alone, chunks alone, both; copies of tails."""
-
-    def run(engine: Engine) -> dict[int, list[int]]:
-        rng = random.Random(1)
-        drawn: dict[int, list[int]] = {}
-        for i, sampling in enumerate(SAMPLING):
-            engine.add_sequence(i, i, prompt(rng, 20 + 9 * i), SequenceParams(sampling, seed=i))
-        engine.step(StepPlan(prefill=tuple(PrefillChunk(i, 7, sample=False) for i in range(5))))
-        for step in range(16):
-            live = [*range(5), *(child for child in range(5, 8) if step > 8)]
-            if step == 8:
-                for child in range(5, 8):
-                    params = SequenceParams(SAMPLING[child - 4], seed=child)
-                    engine.fork_sequence(2, child, engine.num_computed_tokens(2), (), params)
-            pending = {i: engine.num_tokens(i) - engine.num_computed_tokens(i) for i in live}
-            chosen = [i for i in live if pending[i] == 1 and (step > 12 or rng.random() < 0.7)]
-            chunks = tuple(
-                PrefillChunk(i, min(n, 11), sample=n <= 11) for i, n in pending.items() if n > 1
-            )
-            if not chosen and not chunks:
-                continue
+    rng = random.Random(1)
+    drawn: dict[int, list[int]] = {}
+    for i, sampling in enumerate(SAMPLING):
+        engine.add_sequence(i, i, prompt(rng, 20 + 9 * i), SequenceParams(sampling, seed=i))
+    engine.step(StepPlan(prefill=tuple(PrefillChunk(i, 7, sample=False) for i in range(5))))
+    for step in range(num_steps):
+        live = [*range(5), *(child for child in range(5, 8) if step > 8)]
+        if step == 8:
+            for child in range(5, 8):
+                params = SequenceParams(SAMPLING[child - 4], seed=child)
+                engine.fork_sequence(2, child, engine.num_computed_tokens(2), (), params)
+        pending = {i: engine.num_tokens(i) - engine.num_computed_tokens(i) for i in live}
+        chosen = [i for i in live if pending[i] == 1 and (step > 12 or rng.random() < 0.7)]
+        chunks = tuple(
+            PrefillChunk(i, min(n, 11), sample=n <= 11) for i, n in pending.items() if n > 1
+        )
+        if chosen or chunks:
             result = engine.step(StepPlan(decode=tuple(chosen), prefill=chunks))
             for i, tokens in result.tokens.items():
                 drawn.setdefault(i, []).extend(tokens)
-        return drawn
+    return drawn
 
+
+def test_tokens_equal_those_of_flat_batches() -> None:
     attention = ReferenceAttention()
-    tokens = run(TorchEngine(CONFIG, attention))
-    assert tokens == run(create_engine(CONFIG))
+    tokens = tokens_of(TorchEngine(CONFIG, attention))
+    assert tokens == tokens_of(create_engine(CONFIG))
     assert min(map(len, tokens.values())) > 4 and len(tokens) == 8
     assert {4, 8} <= attention.widths
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_tokens_with_the_kernels_equal_those_of_flat_batches(
+    oracle: Qwen3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: bool
+) -> None:
+    pytest.importorskip("triton")
+    from taper_trtllm.engines.triton_attention import TritonAttention
+
+    monkeypatch.setattr(bucket_batch, "_MIN_SAVED_TOKENS", 0)
+    oracle.save_pretrained(tmp_path)
+    config = CONFIG.model_copy(
+        update={"model_dir": tmp_path, "max_batch_size": 16, "prefix_sharing_attention": shares}
+    )
+    if os.environ["TRITON_INTERPRET"] == "1":
+        shape = random_checkpoint(MODEL).config
+        attention = TritonAttention(shape, 16, num_sms=2, device=torch.device("cpu"))
+        engine: Engine = TorchEngine(config, attention)
+    else:
+        engine = create_engine(config.model_copy(update={"device": "cuda"}))
+    assert tokens_of(engine, 11) == tokens_of(create_engine(CONFIG), 11)
 
 
 def test_padding_is_seen_by_nobody() -> None:

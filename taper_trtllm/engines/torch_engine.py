@@ -67,7 +67,8 @@ class TorchEngine(PagedEngine):
             # Imported here: torch for CPUs comes without Triton.
             from taper_trtllm.engines.triton_attention import TritonAttention
 
-            decode_attention = TritonAttention(shape, config.max_batch_size, self._device)
+            num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+            decode_attention = TritonAttention(shape, config.max_batch_size, num_sms, self._device)
         self._attention: PagedAttention | None = None
         self._runner: BucketRunner | None = None
         buckets: tuple[int, ...] | None = None

@@ -16,20 +16,23 @@ class TritonAttention:
     Args:
         config: Shape of the model.
         max_batch_size: Most rows.
-        device: The GPU.
+        num_sms: Multiprocessors of the device.
+        device: The GPU; a CPU where Triton is interpreted.
 
     Raises:
         ConfigError: The kernels cannot work with this shape.
     """
 
-    def __init__(self, config: Qwen3Config, max_batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, config: Qwen3Config, max_batch_size: int, num_sms: int, device: torch.device
+    ) -> None:
         try:
             self._workspace = triton_decode.DecodeWorkspace(
                 max_batch_size,
                 config.num_attention_heads,
                 config.num_key_value_heads,
                 config.head_dim,
-                torch.cuda.get_device_properties(device).multi_processor_count,
+                num_sms,
                 device,
             )
         except ValueError as error:
