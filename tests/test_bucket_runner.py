@@ -96,7 +96,10 @@ def test_tokens_equal_those_of_flat_batches() -> None:
     assert {4, 8} <= attention.widths
 
 
-@pytest.mark.parametrize("shares", [False, True])
+INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
+
+
+@pytest.mark.parametrize("shares", [True] if INTERPRETED else [False, True])  # it is slow
 def test_tokens_with_the_kernels_equal_those_of_flat_batches(
     oracle: Qwen3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: bool
 ) -> None:
@@ -108,9 +111,9 @@ def test_tokens_with_the_kernels_equal_those_of_flat_batches(
     config = CONFIG.model_copy(
         update={"model_dir": tmp_path, "max_batch_size": 16, "prefix_sharing_attention": shares}
     )
-    if os.environ["TRITON_INTERPRET"] == "1":
+    if INTERPRETED:
         shape = random_checkpoint(MODEL).config
-        attention = TritonAttention(shape, 16, num_sms=2, device=torch.device("cpu"))
+        attention = TritonAttention(shape, 16, num_sms=1, device=torch.device("cpu"))
         engine: Engine = TorchEngine(config, attention)
     else:
         engine = create_engine(config.model_copy(update={"device": "cuda"}))

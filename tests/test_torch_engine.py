@@ -595,6 +595,12 @@ def test_unsupported_checkpoints_are_named(change: dict[str, object], message: s
         Qwen3Config.from_hf(random_checkpoint(MODEL).config.to_hf() | change)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"engine.device: torch .* finds no GPU here"):
+        create_engine(CONFIG.model_copy(update={"device": "cuda"}))
+
+
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"model_dir": tmp_path})
     with pytest.raises(ConfigError, match=r"engine.model_dir: cannot read .*config\.json"):

@@ -7,6 +7,7 @@ decode rows and chunks go through the layers together, so that weights are read 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -67,11 +68,15 @@ class BucketRunner:
     ) -> None:
         self._model, self._kv, self._builder = model, kv, builder
         self._attention = attention
+        device = kv.layers[0].device
+        is_cuda = device.type == "cuda"
+        # Threads begin on the first GPU, and kernels are launched on the thread's.
+        self._on_device = torch.cuda.device(device) if is_cuda else nullcontext()
         self._graphs: dict[int, _Graph] = {}
         if buckets:
-            self._capture(buckets)
+            with torch.inference_mode(), self._on_device:
+                self._capture(buckets)
 
-    @torch.inference_mode()
     def _capture(self, buckets: Sequence[int]) -> None:
         memory = torch.cuda.graph_pool_handle()
         device = self._kv.layers[0].device
@@ -80,7 +85,6 @@ class BucketRunner:
             forward = partial(self._forward, self._builder.padding(width), logits[:width])
             self._graphs[width] = _Graph(forward, memory)
 
-    @torch.inference_mode()
     def run(
         self,
         decode: Sequence[EngineSequence],
@@ -92,19 +96,25 @@ class BucketRunner:
         Returns:
             The drawn tokens: of the sequences in decode, then of the chunks that draw.
         """
-        batch = self._builder.build(decode, chunks, copies)
+        with torch.inference_mode(), self._on_device:
+            batch = self._builder.build(decode, chunks, copies)
+            tokens = self._compute(batch)
+            # The host waits here, and nowhere else.
+            drawn: list[int] = tokens.tolist()
+            if not drawn and tokens.is_cuda:
+                torch.cuda.synchronize()  # nothing was copied
+        in_order = dict(zip(batch.order, drawn, strict=False))
+        return [in_order[i] for i in range(len(decode))] + drawn[len(decode) :]
+
+    def _compute(self, batch: BucketBatch) -> torch.Tensor:
+        """[drawn tokens], on the device."""
         if batch.copies is not None:
             self._kv.copy_blocks(*batch.copies.long())
-        graph = None if chunks else self._graphs.get(batch.width)
+        graph = None if batch.chunks else self._graphs.get(batch.width)
         logits, tokens = graph.replay() if graph else self._forward(batch)
         if batch.draws is not None:
             draw_into(tokens, logits, batch.draws)
-        num_drawn = len(decode) + sum(chunk.sample for chunk in chunks)
-        drawn: list[int] = tokens[:num_drawn].tolist()  # the host waits here, and nowhere else
-        if not drawn and tokens.is_cuda:
-            torch.cuda.synchronize()  # but here, where there is nothing to copy
-        in_order = dict(zip(batch.order, drawn, strict=False))
-        return [in_order[i] for i in range(len(decode))] + drawn[len(decode) :]
+        return tokens if batch.chunks else tokens[: len(batch.order)]  # without padding
 
     def _forward(self, batch: BucketBatch, out: torch.Tensor | None = None) -> _Tensors:
         """Logits of the rows that need them, and the best token of each."""

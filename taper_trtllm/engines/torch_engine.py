@@ -47,6 +47,8 @@ class TorchEngine(PagedEngine):
     ) -> None:
         torch.set_num_threads(config.num_threads)
         self._device = torch.device(config.device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"engine.device: torch {torch.__version__} finds no GPU here")
         dtype: torch.dtype = getattr(torch, config.dtype)
         checkpoint = (
             open_checkpoint(config.model_dir)
@@ -60,9 +62,12 @@ class TorchEngine(PagedEngine):
                 f"max_position_embeddings of {shape.max_position_embeddings}"
             )
         self._model = Qwen3Model(shape, checkpoint.read, config.max_seq_len, dtype, self._device)
-        self._kv = KvTensors(
-            shape, config.num_kv_blocks, config.tokens_per_block, dtype, self._device
-        )
+        try:
+            self._kv = KvTensors(
+                shape, config.num_kv_blocks, config.tokens_per_block, dtype, self._device
+            )
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"engine.num_kv_blocks: {config.num_kv_blocks}: {error}") from None
         if decode_attention is None and self._device.type == "cuda":
             # Imported here: torch for CPUs comes without Triton.
             from taper_trtllm.engines.triton_attention import TritonAttention
