@@ -19,6 +19,7 @@ from test_torch_engine import (
     RandomFamilies,
     decode,
     generate,
+    hugging_face_model,
     oracle,
     prompt,
 )
@@ -26,7 +27,7 @@ from transformers import Qwen3ForCausalLM
 
 from taper_trtllm.engines import bucket_batch, create_engine
 from taper_trtllm.engines.base import Engine, PrefillChunk, SequenceParams, StepPlan
-from taper_trtllm.engines.checkpoint import random_checkpoint
+from taper_trtllm.engines.checkpoint import open_checkpoint
 from taper_trtllm.engines.torch_engine import TorchEngine
 from taper_trtllm.request import SamplingParams
 
@@ -99,25 +100,27 @@ def test_tokens_equal_those_of_flat_batches() -> None:
 INTERPRETED = os.environ["TRITON_INTERPRET"] == "1"
 
 
+@pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # interpreter
 @pytest.mark.parametrize("shares", [True] if INTERPRETED else [False, True])  # it is slow
 def test_tokens_with_the_kernels_equal_those_of_flat_batches(
-    oracle: Qwen3ForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: bool
 ) -> None:
     pytest.importorskip("triton")
     from taper_trtllm.engines.triton_attention import TritonAttention
 
     monkeypatch.setattr(bucket_batch, "_MIN_SAVED_TOKENS", 0)
-    oracle.save_pretrained(tmp_path)
-    config = CONFIG.model_copy(
-        update={"model_dir": tmp_path, "max_batch_size": 16, "prefix_sharing_attention": shares}
-    )
+    narrow = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    model = hugging_face_model(MODEL.model_copy(update=narrow))
+    model.save_pretrained(tmp_path)
+    flat = CONFIG.model_copy(update={"model_dir": tmp_path, "max_batch_size": 16})
+    config = flat.model_copy(update={"prefix_sharing_attention": shares})
     if INTERPRETED:
-        shape = random_checkpoint(MODEL).config
+        shape = open_checkpoint(tmp_path).config
         attention = TritonAttention(shape, 16, num_sms=1, device=torch.device("cpu"))
         engine: Engine = TorchEngine(config, attention)
     else:
         engine = create_engine(config.model_copy(update={"device": "cuda"}))
-    assert tokens_of(engine, 11) == tokens_of(create_engine(CONFIG), 11)
+    assert tokens_of(engine, 11) == tokens_of(create_engine(flat), 11)
 
 
 def test_padding_is_seen_by_nobody() -> None:

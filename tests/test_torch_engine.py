@@ -47,9 +47,13 @@ GREEDY = SequenceParams(SamplingParams(), seed=0)
 @pytest.fixture(scope="module")
 def oracle() -> Qwen3ForCausalLM:
     torch.set_num_threads(1)
-    shape = random_checkpoint(MODEL).config
+    return hugging_face_model(MODEL)
+
+
+def hugging_face_model(random_model: RandomModelConfig) -> Qwen3ForCausalLM:
+    shape = random_checkpoint(random_model).config
     model = Qwen3ForCausalLM(HfConfig(**shape.to_hf())).eval()
-    model.load_state_dict(random_weights(shape, MODEL.seed))
+    model.load_state_dict(random_weights(shape, random_model.seed))
     return model
 
 
