@@ -69,6 +69,8 @@ class TorchEngine(PagedEngine):
         except torch.OutOfMemoryError as error:
             raise ConfigError(f"engine.num_kv_blocks: {config.num_kv_blocks}: {error}") from None
         if decode_attention is None and self._device.type == "cuda":
+            # cuDNN makes a plan for every new shape, and chunks have any: flash attention does not.
+            torch.backends.cuda.enable_cudnn_sdp(False)
             # Imported here: torch for CPUs comes without Triton.
             from taper_trtllm.engines.triton_attention import TritonAttention
 
