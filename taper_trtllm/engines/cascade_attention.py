@@ -129,7 +129,7 @@ def _behind(segment: Segment, num_blocks: int, tokens_per_block: int) -> Segment
         block_ids=segment.block_ids[num_blocks:],
         start=segment.start - num_tokens,
         end=segment.end - num_tokens,
-        num_before=segment.num_before + num_tokens,
+        shift=segment.shift - num_tokens,
     )
 
 

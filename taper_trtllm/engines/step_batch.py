@@ -33,8 +33,7 @@ class Segment:
         start: Position of the first token.
         end: Position after the last one: the context that it sees.
         sample: The last token's logits are needed.
-        num_before: Tokens of the sequence that are attended elsewhere: block table and positions
-            begin behind them.
+        shift: Index minus position of the tokens; `start` and `end` are indices.
     """
 
     sequence_id: int
@@ -43,7 +42,7 @@ class Segment:
     start: int
     end: int
     sample: bool
-    num_before: int = 0
+    shift: int = 0
 
 
 def split_chunk(
@@ -148,9 +147,7 @@ class StepBatchBuilder:
         size = self._tokens_per_block
         return StepBatch(
             token_ids=self._tensor([token for s in ordered for token in s.token_ids]),
-            positions=self._tensor(
-                [s.num_before + p for s in ordered for p in range(s.start, s.end)]
-            ),
+            positions=self._tensor([i - s.shift for s in ordered for i in range(s.start, s.end)]),
             slots=self._tensor(
                 [
                     s.block_ids[p // size] * size + p % size
