@@ -168,9 +168,12 @@ class Calibrator:
         return [(context, widths) for context, widths in levels if widths]
 
     def _most_sequences(self, context: int) -> int:
-        capabilities = self.engine.capabilities
+        return self.engine.capabilities.num_kv_blocks // self._blocks_of(context)
+
+    def _blocks_of(self, context: int) -> int:
+        """KV blocks of a sequence that begins with so many tokens, until its level is measured."""
         tokens = context + self._num_tokens_per_level()
-        return capabilities.num_kv_blocks // -(-tokens // capabilities.tokens_per_block)
+        return -(-tokens // self.engine.capabilities.tokens_per_block)
 
     def _num_tokens_per_level(self) -> int:
         num_decodes = len(self.grid.widths) * (self.grid.repetitions + 1) + 1
@@ -205,11 +208,22 @@ class Calibrator:
 
         Measured in turn with as many unrelated sequences, as long and shorter, which say what a
         token costs that is read for one alone.
+
+        Raises:
+            ConfigError: The KV pool does not hold two of each.
         """
         context, widths = self._levels()[-1]
-        width = max(2, widths[-1] // 2)
+        shortest = min(self.grid.contexts)
+        num_kv_blocks = self.engine.capabilities.num_kv_blocks
+        blocks_each = sum(self._blocks_of(c) for c in (context, shortest, 0)) + 1  # a tail's copy
+        width = min(widths[-1], (num_kv_blocks - self._blocks_of(context)) // blocks_each)
+        if width < 2:
+            raise ConfigError(
+                f"engine.num_kv_blocks: {num_kv_blocks} is too small to calibrate "
+                "prefix_sharing_attention"
+            )
         base, *long = self._make_sequences([context] * (width + 1))
-        short = self._make_sequences([min(self.grid.contexts)] * width)
+        short = self._make_sequences([shortest] * width)
         num_shared = self.engine.num_computed_tokens(base)
         branches = list(itertools.islice(self._ids, width))
         for branch in branches:
