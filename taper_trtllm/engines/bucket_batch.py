@@ -109,9 +109,10 @@ class BucketBatchBuilder:
         self._vocab_size = vocab_size
         self._rows_per_tile = rows_per_tile
         self._device = device
-        # CUDA graphs read this one: it never moves. Steps with chunks have one that grows.
-        self._decode_buffer = StepBuffer(self._capacity(buckets[-1], buckets[-1], ()), device)
-        self._mixed_buffer = StepBuffer(0, device)
+        capacity = self._capacity(buckets[-1], buckets[-1], ())
+        # CUDA graphs read the first: it never moves. Steps with chunks have one that grows.
+        self._decode_buffer = StepBuffer(capacity, device)
+        self._mixed_buffer = StepBuffer(capacity, device)
 
     def build(
         self,
