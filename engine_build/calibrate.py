@@ -113,13 +113,21 @@ class Calibrator:
             decode=decode,
             prefill=tuple(self._measure_prefill()),
         )
+        if self._shares_prefixes:
+            weight = self._measure_sharing()
+            profile = profile.model_copy(update={"shared_context_weight": weight})
         return profile, self._check(profile)
 
     @property
     def num_repetitions(self) -> int:
         """Repetitions of `measure`, for a progress bar."""
         num_points = len(self._levels()) + 2 * len(self._prefill_cases())
+        num_points += self._shares_prefixes
         return self.grid.repetitions * num_points + self.grid.num_checks
+
+    @property
+    def _shares_prefixes(self) -> bool:
+        return self.engine.capabilities.prefix_sharing_attention
 
     def _check_size(self) -> None:
         capabilities = self.engine.capabilities
@@ -160,9 +168,12 @@ class Calibrator:
         return [(context, widths) for context, widths in levels if widths]
 
     def _most_sequences(self, context: int) -> int:
-        capabilities = self.engine.capabilities
+        return self.engine.capabilities.num_kv_blocks // self._blocks_of(context)
+
+    def _blocks_of(self, context: int) -> int:
+        """KV blocks of a sequence that begins with so many tokens, until its level is measured."""
         tokens = context + self._num_tokens_per_level()
-        return capabilities.num_kv_blocks // -(-tokens // capabilities.tokens_per_block)
+        return -(-tokens // self.engine.capabilities.tokens_per_block)
 
     def _num_tokens_per_level(self) -> int:
         num_decodes = len(self.grid.widths) * (self.grid.repetitions + 1) + 1
@@ -191,6 +202,46 @@ class Calibrator:
 
     def _decode(self, sequences: Sequence[int]) -> IterationAudit:
         return self._meter.decode([int(s) for s in sequences])
+
+    def _measure_sharing(self) -> float:
+        """`LatencyProfile.shared_context_weight`, from branches on one prefix.
+
+        Measured in turn with as many unrelated sequences, as long and shorter, which say what a
+        token costs that is read for one alone.
+
+        Raises:
+            ConfigError: The KV pool does not hold two of each.
+        """
+        context, widths = self._levels()[-1]
+        shortest = min(self.grid.contexts)
+        num_kv_blocks = self.engine.capabilities.num_kv_blocks
+        blocks_each = sum(self._blocks_of(c) for c in (context, shortest, 0)) + 1  # a tail's copy
+        width = min(widths[-1], (num_kv_blocks - self._blocks_of(context)) // blocks_each)
+        if width < 2:
+            raise ConfigError(
+                f"engine.num_kv_blocks: {num_kv_blocks} is too small to calibrate "
+                "prefix_sharing_attention"
+            )
+        base, *long = self._make_sequences([context] * (width + 1))
+        short = self._make_sequences([shortest] * width)
+        num_shared = self.engine.num_computed_tokens(base)
+        branches = list(itertools.islice(self._ids, width))
+        for branch in branches:
+            self.engine.fork_sequence(base, branch, num_shared, (), params(base))
+        samples = []
+        for repetition in range(self.grid.repetitions + 1):
+            steps = [self._decode(sequences) for sequences in (short, long, branches)]
+            if repetition:  # the first one warms up
+                samples.append([(step.step_ms, step.num_context_tokens) for step in steps])
+                self.advance()
+        self._release([base, *long, *short, *branches])
+        times_ms, totals = np.median(np.array(samples), axis=0).T
+        token_ms = (times_ms[1] - times_ms[0]) / (totals[1] - totals[0])
+        if token_ms <= 0:
+            return 0.0
+        num_read = totals[0] + (times_ms[2] - times_ms[0]) / token_ms
+        num_again = (width - 1) * num_shared
+        return float(np.clip((num_read - (totals[2] - num_again)) / num_again, 0.0, 1.0))
 
     # ---- prefill
 

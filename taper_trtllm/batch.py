@@ -59,8 +59,8 @@ class BatchState:
         first_leaf: [R] row of each request's first leaf.
         request_index: [L] row of each leaf's request, ascending.
         context_tokens: [L] tokens whose KV the leaf's next step reads.
-        extra_context_tokens: [L] those that it reads as an extra: without the prefix that its
-            request's baseline reads too, where the engine reads a shared prefix once.
+        extra_context_tokens: [L] those that it reads as an extra: where the engine reads a shared
+            prefix once, the prefix that its request's baseline reads too counts for less.
         num_generated: [L] tokens decoded in the leaf's branch so far.
         last_advanced: [L] step in which the leaf was last advanced.
         holding: [L] it holds a place on a lease engine; to leave it out costs a re-entry.

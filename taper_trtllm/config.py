@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from taper_trtllm.request import RequestLimits, SloTarget
 
@@ -42,20 +42,70 @@ class RandomModelConfig(_Model):
         return self
 
 
+QWEN3_SHAPES = {
+    "qwen3-0.6b": RandomModelConfig(
+        hidden_size=1024,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=3072,
+        vocab_size=151_936,
+    ),
+    "qwen3-8b": RandomModelConfig(
+        hidden_size=4096,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=12_288,
+        vocab_size=151_936,
+    ),
+    "qwen3-32b": RandomModelConfig(
+        hidden_size=5120,
+        num_hidden_layers=64,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        head_dim=128,
+        intermediate_size=25_600,
+        vocab_size=151_936,
+    ),
+}
+"""Shapes of published models by name, as `random_model` takes them."""
+
+
+def _named_shape(value: Any) -> Any:
+    """The shape of a name.
+
+    Raises:
+        ValueError: Nothing has this name.
+    """
+    if not isinstance(value, str):
+        return value
+    if value not in QWEN3_SHAPES:
+        raise ValueError(f"{value!r} is neither a shape nor one of {', '.join(QWEN3_SHAPES)}")
+    return QWEN3_SHAPES[value]
+
+
 class TorchEngineConfig(_Model):
     """The embedded engine, and how much it may use.
 
     Attributes:
         model_dir: Local Hugging Face directory of a Qwen3; None serves `random_model`.
+        random_model: Its shape, or the name of one of `QWEN3_SHAPES`.
         device: torch device.
         dtype: torch dtype name.
         num_threads: CPU threads of one iteration; one gives the most predictable latency on a
             machine that also runs the server and its clients.
+        prefix_sharing_attention: A step reads what branches of a request share once (cascade
+            attention). It takes most of a branch's price away, so policies differ less.
+        cuda_graphs: On a GPU, steps of decode alone are replayed from CUDA graphs, one per padded
+            width, captured at start.
     """
 
     kind: Literal["torch"] = "torch"
     model_dir: Path | None = None
-    random_model: RandomModelConfig = RandomModelConfig()
+    random_model: Annotated[RandomModelConfig, BeforeValidator(_named_shape)] = RandomModelConfig()
     device: Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")] = "cpu"
     dtype: Literal["float32", "bfloat16"] = "float32"
     num_threads: _PositiveInt = 1
@@ -63,6 +113,8 @@ class TorchEngineConfig(_Model):
     num_kv_blocks: _PositiveInt = 4096
     max_batch_size: _PositiveInt = 512
     max_seq_len: _PositiveInt = 8192
+    prefix_sharing_attention: bool = False
+    cuda_graphs: bool = True
 
 
 class TrtllmEngineConfig(_Model):

@@ -192,7 +192,8 @@ class StepPlanner:
     def _extra_context_tokens(self, columns: Rows) -> IntArray:
         context_tokens: IntArray = columns["num_tokens"]
         if self._engine.capabilities.prefix_sharing_attention:
-            context_tokens = context_tokens - columns["num_shared"]
+            weight = 1.0 - self._predictor.shared_context_weight
+            context_tokens = context_tokens - (weight * columns["num_shared"]).astype(np.int64)
         return context_tokens
 
     def _is_holding(self, columns: Rows) -> BoolArray:

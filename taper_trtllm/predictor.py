@@ -39,6 +39,7 @@ class StepLatencyPredictor:
             sequence the same (both are ablations).
 
     Attributes:
+        shared_context_weight: See `LatencyProfile`.
         correction_factor: Corrected over profiled latency of the last decode step observed.
     """
 
@@ -46,6 +47,7 @@ class StepLatencyPredictor:
         self, profile: LatencyProfile, max_width: int = 1024, mode: PredictorMode = "corrected"
     ) -> None:
         self._mode = mode
+        self.shared_context_weight = profile.shared_context_weight
         knots, intercepts, slopes = _fit_lines(profile.decode)
         position = _knot_positions(profile.padded_widths(max_width), knots)
         between = _weights(position, len(knots))

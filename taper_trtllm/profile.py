@@ -62,6 +62,9 @@ class LatencyProfile(_Model):
         fingerprint: What the times depend on (`Engine.fingerprint`).
         provenance: Where they come from: tool, date, repetitions, licence of foreign data.
         width_buckets: Padded decode widths of the engine; None if it does not pad.
+        shared_context_weight: Cost of a context token that another sequence of the request reads
+            in the same step, as a share of one that nobody else reads. For engines that read it
+            once (`EngineCapabilities.prefix_sharing_attention`): 0 where computing is free.
         decode: Decode grid; at least two widths, and two contexts for each.
         prefill: Steps with prefill.
     """
@@ -70,6 +73,7 @@ class LatencyProfile(_Model):
     fingerprint: dict[str, str]
     provenance: dict[str, str] = {}
     width_buckets: tuple[int, ...] | None = None
+    shared_context_weight: Annotated[float, Field(ge=0, le=1)] = 0.0
     decode: Annotated[tuple[DecodePoint, ...], Field(min_length=4)]
     prefill: Annotated[tuple[PrefillPoint, ...], Field(min_length=1)]
 

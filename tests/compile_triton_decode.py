@@ -19,9 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction, driver
 
+from taper_trtllm.engines.prefix_tiles import SharedPrefixes
 from taper_trtllm.engines.triton_decode import (
     DecodeWorkspace,
-    SharedPrefixes,
     cascade_decode_attention,
     paged_decode_attention,
 )

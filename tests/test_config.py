@@ -20,6 +20,7 @@ from taper_trtllm.profile import ProfileError, load_profile
 COMPILED = {"kind": "trtllm", "engine_dir": "engine"}
 BAD = [
     ({"engine": {"device": "gpu"}}, r"engine\.device: .*pattern"),
+    ({"engine": {"random_model": "qwen3-7b"}}, r"engine\.random_model: .*'qwen3-7b' is neither"),
     ({"engine": {"random_model": {"head_dim": 33}}}, r"engine\.random_model: .*head_dim"),
     (
         {"engine": {"random_model": {"num_attention_heads": 8, "num_key_value_heads": 3}}},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import perf
+from engine_build.calibrate import Calibrator, Grid
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.engines.base import PrefillChunk, SequenceParams, StepPlan
@@ -121,15 +122,30 @@ def test_a_shared_prefix_is_read_once_where_attention_does_so():
     assert times[False] == pytest.approx(step_times.decode_ms(4, (3 * 4020 + 4021) / 4))
 
 
+def test_what_is_read_again_weighs_what_the_profile_says():
+    profile = PROFILE.model_copy(update={"shared_context_weight": 0.25})
+    engine = SimulatedEngine(
+        profile, SimulatedConfig(num_kv_blocks=2000, prefix_sharing_attention=True)
+    )
+    engine.add_sequence(0, 0, [0] * 4000, PARAMS)
+    engine.step(StepPlan(prefill=(PrefillChunk(0, 3999, sample=False),)))
+    for child in (1, 2, 3):
+        engine.fork_sequence(0, child, 3999, (), PARAMS)
+    expected = StepTimes(PROFILE, 16).decode_ms(3, (3999 * 1.5 + 3) / 3)
+    assert engine.step(StepPlan(decode=(1, 2, 3))).step_ms == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
 @pytest.mark.parametrize("policy", ["irp-eager", "taper"])
-def test_steps_that_read_a_prefix_once_are_foreseen(policy):
+def test_steps_that_read_a_prefix_once_are_foreseen(policy, weight):
     """Its own cost term: an extra costs its own text, and more of them fit the same budget."""
+    profile = PROFILE.model_copy(update={"shared_context_weight": weight})
     widths = []
     for shares in (False, True):
         config = SimulatedConfig(num_kv_blocks=4000, prefix_sharing_attention=shares)
         executor = TaperExecutor(
-            SimulatedEngine(PROFILE, config),
-            PROFILE,
+            SimulatedEngine(profile, config),
+            profile,
             SchedulerConfig(policy=policy, max_prefill_tokens=4096, probe_interval_steps=None),
             RequestLimits(max_prompt_tokens=9000, max_total_tokens=30000),
             SloTarget(ttft_ms=1e6, tpot_ms=25),
@@ -150,3 +166,13 @@ def test_steps_that_read_a_prefix_once_are_foreseen(policy):
                 assert record.predicted_step_ms == pytest.approx(record.step_ms, rel=0.05)
         widths.append(max(record.num_admitted for record in records))
     assert widths[1] > widths[0] if policy == "taper" else widths[1] == widths[0]
+
+
+@pytest.mark.parametrize("shares", [False, True])
+def test_calibration_learns_what_a_shared_prefix_costs(shares):
+    profile = PROFILE.model_copy(update={"shared_context_weight": 0.25})
+    config = SimulatedConfig(num_kv_blocks=4000, prefix_sharing_attention=shares)
+    grid = Grid((1, 8, 16, 32, 64), (128, 512, 1024), repetitions=2, num_checks=2)
+    measured, _ = Calibrator(SimulatedEngine(profile, config), grid).measure({})
+    weight = measured.shared_context_weight
+    assert weight == pytest.approx(0.25, abs=0.06) if shares else weight == 0.0

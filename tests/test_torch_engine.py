@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers import Qwen3Config as HfConfig
 from transformers import Qwen3ForCausalLM
 
 from taper_trtllm.config import ConfigError, RandomModelConfig, SchedulerConfig, TorchEngineConfig
-from taper_trtllm.engines import create_engine
+from taper_trtllm.engines import cascade_attention, create_engine
 from taper_trtllm.engines.base import (
     Engine,
     OutOfBlocksError,
@@ -27,6 +28,7 @@ from taper_trtllm.engines.base import (
     StepPlan,
 )
 from taper_trtllm.engines.checkpoint import random_checkpoint, random_weights
+from taper_trtllm.engines.kv_cache import PADDING_BLOCK
 from taper_trtllm.engines.qwen3 import Qwen3Config
 from taper_trtllm.engines.sampling import draw_tokens
 from taper_trtllm.executor import TaperExecutor
@@ -45,9 +47,13 @@ GREEDY = SequenceParams(SamplingParams(), seed=0)
 @pytest.fixture(scope="module")
 def oracle() -> Qwen3ForCausalLM:
     torch.set_num_threads(1)
-    shape = random_checkpoint(MODEL).config
+    return hugging_face_model(MODEL)
+
+
+def hugging_face_model(random_model: RandomModelConfig) -> Qwen3ForCausalLM:
+    shape = random_checkpoint(random_model).config
     model = Qwen3ForCausalLM(HfConfig(**shape.to_hf())).eval()
-    model.load_state_dict(random_weights(shape, MODEL.seed))
+    model.load_state_dict(random_weights(shape, random_model.seed))
     return model
 
 
@@ -217,10 +223,18 @@ class RandomFamilies:
             self.live[sequence_id].drawn.append(token)
 
 
+def sharing_engine(monkeypatch: pytest.MonkeyPatch, config: TorchEngineConfig = CONFIG) -> Engine:
+    """An engine that reads every shared prefix once, however short."""
+    monkeypatch.setattr(cascade_attention, "_MIN_SAVED_TOKENS", 0)
+    return create_engine(config.model_copy(update={"prefix_sharing_attention": True}))
+
+
+@pytest.mark.parametrize("shares", [False, True])
 @pytest.mark.parametrize("seed", range(4))
 def test_random_families_equal_unbatched_generation(
-    engine: Engine, oracle: Qwen3ForCausalLM, seed: int
+    oracle: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch, seed: int, shares: bool
 ) -> None:
+    engine = sharing_engine(monkeypatch) if shares else create_engine(CONFIG)
     families = RandomFamilies(engine, seed)
     families.run()
 
@@ -233,15 +247,37 @@ def test_random_families_equal_unbatched_generation(
 
 
 # Rule 4, whole: executor, policy and engine together.
-@pytest.mark.parametrize("policy", ["irp-off", "irp-eager", "fixed-cap:2", "taper"])
+@pytest.mark.parametrize(
+    ("policy", "shares"),
+    [
+        ("irp-off", False),
+        ("irp-eager", False),
+        ("fixed-cap:2", False),
+        ("taper", False),
+        ("irp-eager", True),
+        ("taper", True),
+    ],
+)
 @settings(max_examples=8, deadline=None, derandomize=True)
 @given(
     drawn=st.lists(requests(2), min_size=2, max_size=3), num_kv_blocks=st.sampled_from((250, 2048))
 )
 def test_programs_under_a_policy_equal_unbatched_generation(
-    oracle: Qwen3ForCausalLM, policy: str, drawn: list[ForkJoinRequest], num_kv_blocks: int
+    oracle: Qwen3ForCausalLM,
+    policy: str,
+    shares: bool,
+    drawn: list[ForkJoinRequest],
+    num_kv_blocks: int,
 ) -> None:
-    engine = create_engine(CONFIG.model_copy(update={"num_kv_blocks": num_kv_blocks}))
+    config = CONFIG.model_copy(update={"num_kv_blocks": num_kv_blocks})
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        engine = sharing_engine(monkeypatch, config) if shares else create_engine(config)
+        check_programs(engine, oracle, policy, drawn)
+
+
+def check_programs(
+    engine: Engine, oracle: Qwen3ForCausalLM, policy: str, drawn: list[ForkJoinRequest]
+) -> None:
     scheduler = SchedulerConfig(
         policy=policy, max_num_requests=4, max_batch_size=64, max_prefill_tokens=8
     )
@@ -270,7 +306,7 @@ def test_programs_under_a_policy_equal_unbatched_generation(
     while executor.num_open_requests:
         executor.run_once()
 
-    assert engine.num_free_blocks == num_kv_blocks
+    assert engine.num_free_blocks == engine.capabilities.num_kv_blocks
     for request in greedy:
         stop_ids = request.sampling.stop_ids
 
@@ -283,6 +319,37 @@ def test_programs_under_a_policy_equal_unbatched_generation(
 
         for (path, stage), tokens in expected_outputs(request, alone).items():
             assert streamed[request.request_id, path, stage] == tokens
+
+
+def test_branches_read_their_prefix_once(
+    oracle: Qwen3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, rng = sharing_engine(monkeypatch), random.Random(9)
+    prompts = [prompt(rng, 41), prompt(rng, 18)]
+    for i, tokens in enumerate(prompts):
+        engine.add_sequence(i, i, tokens, GREEDY)
+        prefill(engine, i, len(tokens), sample=False)
+    headers = {child: prompt(rng, 1 + child % 3) for child in range(2, 9)}
+    for child, header in headers.items():
+        engine.fork_sequence(child % 2, child, len(prompts[child % 2]), header, GREEDY)
+    drawn = {child: prefill(engine, child, len(header)) for child, header in headers.items()}
+    read = Counter[int]()
+    select = torch.index_select
+
+    def counting_select(source: torch.Tensor, dim: int, index: torch.Tensor, **out: Any) -> Any:
+        if source.shape[0] == CONFIG.num_kv_blocks + 1:
+            read.update(index.tolist())
+        return select(source, dim, index, **out)
+
+    monkeypatch.setattr(torch, "index_select", counting_select)
+    for _ in range(5):
+        for child, token in decode(engine, *headers).items():
+            drawn[child].append(token)
+
+    del read[PADDING_BLOCK]
+    assert max(read.values()) == 2 * 5  # once in each layer and step
+    for child, tokens in drawn.items():
+        assert tokens == generate(oracle, prompts[child % 2] + headers[child], 6)
 
 
 # ------------------------------------------------------------------ fork and join in detail
@@ -497,6 +564,19 @@ def test_checkpoint_round_trip(tmp_path: Path, tied: bool, max_shard_size: str) 
     assert run_alone(engine, 0, 12) == generate(model, tokens, 12)
 
 
+@pytest.mark.parametrize(
+    ("name", "num_billions"),  # 0.6b ties its embeddings; ours never does: 0.16 more
+    [("qwen3-0.6b", 0.752), ("qwen3-8b", 8.191), ("qwen3-32b", 32.762)],
+)
+def test_named_shapes_have_the_published_size(name: str, num_billions: float) -> None:
+    config = TorchEngineConfig.model_validate({"random_model": name})
+    shape = random_checkpoint(config.random_model).config
+    with torch.device("meta"):
+        model = Qwen3ForCausalLM(HfConfig(**shape.to_hf()))
+    num_parameters = sum(p.numel() for p in model.parameters())
+    assert num_parameters / 1e9 == pytest.approx(num_billions, abs=1e-3)
+
+
 def test_config_json_of_transformers_4_and_5() -> None:
     new = random_checkpoint(MODEL).config.to_hf() | {"rope_theta": None}
     old = {k: v for k, v in new.items() if k != "rope_parameters"}
@@ -517,6 +597,12 @@ def test_config_json_of_transformers_4_and_5() -> None:
 def test_unsupported_checkpoints_are_named(change: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Qwen3Config.from_hf(random_checkpoint(MODEL).config.to_hf() | change)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"engine.device: torch .* finds no GPU here"):
+        create_engine(CONFIG.model_copy(update={"device": "cuda"}))
 
 
 def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:

@@ -25,13 +25,12 @@ pytest.importorskip(
 
 from triton.runtime import interpreter
 
+from taper_trtllm.engines.prefix_tiles import SharedPrefixes, tile_prefixes
 from taper_trtllm.engines.triton_decode import (
     DecodeWorkspace,
-    SharedPrefixes,
     cascade_decode_attention,
     paged_decode_attention,
     plan_splits,
-    tile_prefixes,
 )
 
 pytestmark = pytest.mark.filterwarnings(  # the interpreter's, thousands of them

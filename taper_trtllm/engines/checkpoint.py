@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from taper_trtllm.engines.qwen3 import Qwen3Config
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_CPU = torch.device("cpu")
 
 # Wide enough that greedy outputs of a random model vary; the customary 0.02 repeats one token.
 _INITIALIZER_RANGE = 0.08
@@ -61,8 +63,11 @@ def open_checkpoint(directory: Path) -> Checkpoint:
     return Checkpoint(directory.name, _digest(identity), config, read)
 
 
-def random_checkpoint(model: RandomModelConfig) -> Checkpoint:
-    """A seeded random Qwen3 with an output head of its own."""
+def random_checkpoint(model: RandomModelConfig, device: torch.device = _CPU) -> Checkpoint:
+    """A seeded random Qwen3 with an output head of its own.
+
+    Tensors are made when they are read, on the device; each kind of device has its own numbers.
+    """
     config = Qwen3Config(
         **model.model_dump(exclude={"seed"}),
         rms_norm_eps=1e-6,
@@ -70,19 +75,28 @@ def random_checkpoint(model: RandomModelConfig) -> Checkpoint:
         tie_word_embeddings=False,
         max_position_embeddings=1 << 20,
     )
-    weights = random_weights(config, model.seed)
-    return Checkpoint("random-qwen3", _digest(model.model_dump_json()), config, weights.__getitem__)
+    shapes = _tensor_shapes(config)
+
+    def read(name: str) -> torch.Tensor:
+        return _random_weight(name, shapes[name], model.seed, device)
+
+    return Checkpoint("random-qwen3", _digest(model.model_dump_json()), config, read)
 
 
 def random_weights(config: Qwen3Config, seed: int) -> dict[str, torch.Tensor]:
-    """Float32 weights under their Hugging Face names."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.ones(shape)
-        if len(shape) == 1
-        else torch.randn(shape, generator=generator) * _INITIALIZER_RANGE
-        for name, shape in _tensor_shapes(config).items()
-    }
+    """Float32 weights under their Hugging Face names, all at once."""
+    shapes = _tensor_shapes(config)
+    return {name: _random_weight(name, shape, seed, _CPU) for name, shape in shapes.items()}
+
+
+def _random_weight(
+    name: str, shape: tuple[int, ...], seed: int, device: torch.device
+) -> torch.Tensor:
+    if len(shape) == 1:  # a norm
+        return torch.ones(shape, device=device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode(), seed % (1 << 32)))
+    weight = torch.randn(shape, generator=generator, device=device)
+    return weight.mul_(_INITIALIZER_RANGE)
 
 
 def _tensor_shapes(config: Qwen3Config) -> dict[str, tuple[int, ...]]:

@@ -14,7 +14,11 @@ from taper_trtllm.engines.checkpoint import Checkpoint
 def fingerprint(
     config: TorchEngineConfig, checkpoint: Checkpoint, device: torch.device
 ) -> dict[str, str]:
-    """Engine, model, processor and settings, as strings."""
+    """Engine, model, processor and settings, as strings; switches only where they are on."""
+    switches = {
+        "prefix_sharing_attention": config.prefix_sharing_attention,
+        "cuda_graphs": config.cuda_graphs and device.type == "cuda",
+    }
     return {
         "engine": "torch",
         "model": f"{checkpoint.name}-{checkpoint.digest}",
@@ -23,6 +27,7 @@ def fingerprint(
         "num_threads": str(config.num_threads),
         "tokens_per_block": str(config.tokens_per_block),
         "torch": torch.__version__,
+        **{name: "on" for name, is_on in switches.items() if is_on},
     }
 
 

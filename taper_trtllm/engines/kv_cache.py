@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from taper_trtllm.engines.base import OutOfBlocksError
 
 PADDING_BLOCK = 0
-"""Never handed out and never written: pads block tables to a common length."""
+"""Never handed out: pads block tables, and batches, whose padding rows write to it."""
 
 
 @dataclass(slots=True, eq=False)

@@ -1,4 +1,4 @@
-"""KV tensors in blocks, and attention over them.
+"""Attention over KV in blocks, for flat batches.
 
 A group of sequences is gathered into one workspace, small enough to be still in the cache when
 attention reads it: gathering is then nearly free.
@@ -6,25 +6,21 @@ attention reads it: gathering is then nearly free.
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
-from taper_trtllm.engines.kv_cache import BlockCopy
+from taper_trtllm.engines.kv_tensors import KvTensors
 from taper_trtllm.engines.qwen3 import Qwen3Config
 from taper_trtllm.engines.step_batch import AttentionGroup, Segment, StepBatch, StepBatchBuilder
 
-# Gathered bytes of a group: what stays in a CPU core's cache; elsewhere, what keeps a GPU busy.
-_GROUP_BYTES = {"cpu": 5 << 20}
-_DEFAULT_GROUP_BYTES = 256 << 20
+_GROUP_BYTES = 5 << 20  # gathered bytes of a group: what stays in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
-class _PlacedGroup:
+class PlacedGroup:
     """A group and its views of the workspace, which are the same for all layers.
 
     Attributes:
@@ -40,52 +36,34 @@ class _PlacedGroup:
 
 
 class PagedAttention:
-    """Implements `qwen3.Attention` on a pool of KV blocks.
+    """Implements `qwen3.Attention` on KV blocks.
 
     `begin_step` says what the following `attend` calls are about.
 
     Args:
         config: Shape of the model.
-        num_blocks: Blocks of the pool; the padding block 0 comes on top.
-        tokens_per_block: Tokens in one block.
+        kv: The blocks.
         max_seq_len: Longest context.
-        dtype: Of the KV.
-        device: Of the KV.
     """
 
-    def __init__(
-        self,
-        config: Qwen3Config,
-        num_blocks: int,
-        tokens_per_block: int,
-        max_seq_len: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> None:
-        self._num_heads, self._head_dim = config.num_attention_heads, config.head_dim
+    def __init__(self, config: Qwen3Config, kv: KvTensors, max_seq_len: int) -> None:
+        self._head_dim = config.head_dim
         self._num_kv_heads = config.num_key_value_heads
-        block = (tokens_per_block, 2, self._num_kv_heads, self._head_dim)
-        shape = (config.num_hidden_layers, num_blocks + 1, *block)
-        self._pool = _zeros_in_huge_pages(shape, dtype, device)
-        self._layers = list(self._pool.unbind())
-        self._layer_slots = [layer.flatten(0, 1).flatten(1, 2) for layer in self._layers]
-        token_bytes = self._pool[0, 0, 0].nbytes
-        group_tokens = _GROUP_BYTES.get(device.type, _DEFAULT_GROUP_BYTES) // token_bytes
+        self._layers, self._layer_slots = kv.layers, kv.layer_slots
+        dtype, device = kv.layers[0].dtype, kv.layers[0].device
+        tokens_per_block = kv.block_shape[0]
+        group_tokens = _GROUP_BYTES // kv.token_bytes
         workspace_blocks = -(-max(group_tokens, max_seq_len) // tokens_per_block)
-        self._workspace = torch.empty((workspace_blocks, *block), dtype=dtype, device=device)
+        shape = (workspace_blocks, *kv.block_shape)
+        self._workspace = torch.empty(shape, dtype=dtype, device=device)
         self._builder = StepBatchBuilder(
             tokens_per_block,
             group_tokens,
             max_seq_len,
-            self._num_heads // self._num_kv_heads,
+            config.num_attention_heads // self._num_kv_heads,
             dtype,
             device,
         )
-
-    def copy_blocks(self, copies: Sequence[BlockCopy]) -> None:
-        """Copies whole blocks, all layers, before anything of the step is written."""
-        if copies:
-            self._pool[:, [c.dst for c in copies]] = self._pool[:, [c.src for c in copies]]
 
     def begin_step(self, segments: Sequence[Segment]) -> StepBatch:
         """Lays out the step that the next `attend` calls work on."""
@@ -94,11 +72,11 @@ class PagedAttention:
         self._groups = [self._place(group) for group in batch.groups]
         return batch
 
-    def _place(self, group: AttentionGroup) -> _PlacedGroup:
+    def _place(self, group: AttentionGroup) -> PlacedGroup:
         gathered = self._workspace[: len(group.block_ids)]
         by_segment = gathered.view(group.num_segments, -1, *gathered.shape[2:])
         keys, values = by_segment[:, : group.context].transpose(1, 3).unbind(2)
-        return _PlacedGroup(group, gathered, keys, values)
+        return PlacedGroup(group, gathered, keys, values)
 
     def attend(self, layer: int, queries: torch.Tensor, keys_values: torch.Tensor) -> torch.Tensor:
         """Writes the new KV, then attends; shapes as in `qwen3.Attention`."""
@@ -107,9 +85,7 @@ class PagedAttention:
         split = queries.view(len(queries), self._num_kv_heads, -1, self._head_dim)
         return torch.cat([self._attend_group(layer, placed, split) for placed in self._groups])
 
-    def _attend_group(
-        self, layer: int, placed: _PlacedGroup, queries: torch.Tensor
-    ) -> torch.Tensor:
+    def _attend_group(self, layer: int, placed: PlacedGroup, queries: torch.Tensor) -> torch.Tensor:
         """[rows of the group, heads x head_dim]."""
         group = placed.group
         torch.index_select(self._layers[layer], 0, group.block_ids, out=placed.gathered)
@@ -122,22 +98,6 @@ class PagedAttention:
         if group.num_queries > 1:
             attended = _split_queries(attended, group.num_queries)
         return attended.flatten(1)
-
-
-def _zeros_in_huge_pages(
-    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Zeros, because what attention masks must still be finite.
-
-    On a CPU the memory asks for huge pages: blocks are read in no order, and with small pages every
-    read begins with misses of the address translation (a tenth of the attention's time).
-    """
-    if device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=flags)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 def _merge_queries(rows: torch.Tensor, num_segments: int) -> torch.Tensor:

@@ -192,9 +192,10 @@ class Qwen3Model:
             hidden.addmm_(F.silu(gate).mul_(up), layer.down)
         return hidden
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """[n, vocab] next-token logits in float32 of n rows of `forward`'s result."""
-        return (self._rms_norm(hidden, self._norm) @ self._head).float()
+        logits = self._rms_norm(hidden, self._norm) @ self._head
+        return logits.float() if out is None else out.copy_(logits)
 
     def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """RMS norm, x / sqrt(mean(x^2) + eps), in half the calls of torch's on a CPU.
@@ -231,8 +232,8 @@ class _Loader:
 
     def matrix(self, *names: str) -> torch.Tensor:
         """[in, sum of out] of matrices that are stored as [out, in]."""
-        parts = [self.read(name).to(self.device, self.dtype) for name in names]
-        return torch.cat(parts).t().contiguous()
+        parts = [self.read(name).to(self.device, self.dtype).t() for name in names]
+        return torch.cat(parts, dim=1)
 
     def norm(self, name: str) -> torch.Tensor:
         weight = self.read(name).to(self.device, torch.float32)

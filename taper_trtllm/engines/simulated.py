@@ -141,11 +141,11 @@ class Device:
         self._disturbance = disturbance
         self._rng = np.random.default_rng(seed)
 
-    def step_ms(self, contexts: Sequence[int], load: PrefillLoad) -> float:
+    def step_ms(self, contexts: Sequence[float], load: PrefillLoad) -> float:
         """T of one step.
 
         Args:
-            contexts: Context length of every decoding sequence.
+            contexts: Context tokens that every decoding sequence reads.
             load: Prefill beside them.
         """
         disturbance, step_ms = self._disturbance, 0.0
@@ -188,6 +188,7 @@ class SimulatedEngine(PagedEngine):
         )
         self._config = config
         self._fingerprint = dict(profile.fingerprint)
+        self._shared_weight = profile.shared_context_weight
         self._device = Device(profile, config.disturbance, config.max_batch_size, config.seed)
         self._clock_s = 0.0
         self._num_prompt_tokens: dict[SequenceId, int] = {}
@@ -251,7 +252,7 @@ class SimulatedEngine(PagedEngine):
         chunks: Sequence[ChunkWork],
         copies: Sequence[BlockCopy],
     ) -> dict[SequenceId, int]:
-        contexts = [sequence.table.num_tokens for sequence in decode]
+        contexts: Sequence[float] = [sequence.table.num_tokens for sequence in decode]
         if self._config.prefix_sharing_attention:
             contexts = self._read_once(plan.decode, contexts)
         self._clock_s += self._device.step_ms(contexts, self._load(chunks)) / 1e3
@@ -259,16 +260,17 @@ class SimulatedEngine(PagedEngine):
         drawn |= {chunk.sequence_id: _TOKEN for chunk in chunks if chunk.sample}
         return drawn
 
-    def _read_once(self, decode: Sequence[SequenceId], contexts: Sequence[int]) -> list[int]:
-        """Context tokens that each sequence reads beyond those before it."""
-        seen: dict[SequenceId, int] = {}  # how far each part of the trees of branches was read
+    def _read_once(self, decode: Sequence[SequenceId], contexts: Sequence[float]) -> list[float]:
+        """Context tokens that each sequence reads; those that one before it read weigh less."""
+        seen: dict[SequenceId, float] = {}  # how far each part of the trees of branches was read
         read = []
         for sequence_id, num_tokens in zip(decode, contexts, strict=True):
-            total = 0
+            total = 0.0
             parts = self._lineage[sequence_id]
             ends = [start for _, start in parts[1:]] + [num_tokens]
             for (owner, start), end in zip(parts, ends, strict=True):
-                total += max(0, end - seen.get(owner, start))
+                read_before = min(end, seen.get(owner, start))
+                total += end - read_before + self._shared_weight * (read_before - start)
                 seen[owner] = max(seen.get(owner, start), end)
             read.append(total)
         return read

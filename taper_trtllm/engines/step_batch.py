@@ -33,6 +33,7 @@ class Segment:
         start: Position of the first token.
         end: Position after the last one: the context that it sees.
         sample: The last token's logits are needed.
+        shift: Index minus position of the tokens; `start` and `end` are indices.
     """
 
     sequence_id: int
@@ -41,6 +42,7 @@ class Segment:
     start: int
     end: int
     sample: bool
+    shift: int = 0
 
 
 def split_chunk(
@@ -89,6 +91,7 @@ class StepBatch:
         positions: [tokens] position of each token in its sequence.
         slots: [tokens] where its KV goes: block x tokens_per_block + offset.
         groups: Cover all rows, in order.
+        segments: In the order of their rows; those of one token come first.
         sampled_rows: Rows whose logits are needed.
         sampled_ids: Their sequences.
     """
@@ -97,6 +100,7 @@ class StepBatch:
     positions: torch.Tensor
     slots: torch.Tensor
     groups: tuple[AttentionGroup, ...]
+    segments: list[Segment]
     sampled_rows: torch.Tensor
     sampled_ids: list[int]
 
@@ -143,7 +147,7 @@ class StepBatchBuilder:
         size = self._tokens_per_block
         return StepBatch(
             token_ids=self._tensor([token for s in ordered for token in s.token_ids]),
-            positions=self._tensor([p for s in ordered for p in range(s.start, s.end)]),
+            positions=self._tensor([i - s.shift for s in ordered for i in range(s.start, s.end)]),
             slots=self._tensor(
                 [
                     s.block_ids[p // size] * size + p % size
@@ -152,6 +156,7 @@ class StepBatchBuilder:
                 ]
             ),
             groups=tuple(groups),
+            segments=ordered,
             sampled_rows=self._tensor(last_rows[sampled]),
             sampled_ids=[ordered[i].sequence_id for i in sampled],
         )

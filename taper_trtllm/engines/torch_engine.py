@@ -9,9 +9,13 @@ import torch
 
 from taper_trtllm.config import ConfigError, TorchEngineConfig
 from taper_trtllm.engines.base import EngineError, SequenceId, StepPlan
+from taper_trtllm.engines.bucket_batch import BucketBatchBuilder, width_buckets
+from taper_trtllm.engines.bucket_runner import BucketRunner, DecodeAttention
+from taper_trtllm.engines.cascade_attention import CascadeAttention
 from taper_trtllm.engines.checkpoint import open_checkpoint, random_checkpoint
 from taper_trtllm.engines.fingerprint import fingerprint
 from taper_trtllm.engines.kv_cache import BlockCopy
+from taper_trtllm.engines.kv_tensors import KvTensors
 from taper_trtllm.engines.paged_attention import PagedAttention
 from taper_trtllm.engines.paged_engine import (
     ChunkWork,
@@ -27,21 +31,29 @@ from taper_trtllm.engines.step_batch import Segment, split_chunk
 class TorchEngine(PagedEngine):
     """Implements `engines.base.Engine` on torch.
 
+    On a CPU a step is one flat batch of its tokens; on a GPU decode has fixed shapes.
+
     Args:
         config: Which model, where, and how much memory.
+        decode_attention: What decode in fixed shapes attends with, on any device; None for the
+            Triton kernels on a GPU.
 
     Raises:
         ConfigError: The checkpoint cannot be served, or a limit does not fit it.
     """
 
-    def __init__(self, config: TorchEngineConfig) -> None:
+    def __init__(
+        self, config: TorchEngineConfig, decode_attention: DecodeAttention | None = None
+    ) -> None:
         torch.set_num_threads(config.num_threads)
         self._device = torch.device(config.device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(f"engine.device: torch {torch.__version__} finds no GPU here")
         dtype: torch.dtype = getattr(torch, config.dtype)
         checkpoint = (
             open_checkpoint(config.model_dir)
             if config.model_dir is not None
-            else random_checkpoint(config.random_model)
+            else random_checkpoint(config.random_model, self._device)
         )
         shape = checkpoint.config
         if config.max_seq_len > shape.max_position_embeddings:
@@ -50,18 +62,36 @@ class TorchEngine(PagedEngine):
                 f"max_position_embeddings of {shape.max_position_embeddings}"
             )
         self._model = Qwen3Model(shape, checkpoint.read, config.max_seq_len, dtype, self._device)
-        self._attention = PagedAttention(
-            shape,
-            config.num_kv_blocks,
-            config.tokens_per_block,
-            config.max_seq_len,
-            dtype,
-            self._device,
-        )
+        try:
+            self._kv = KvTensors(
+                shape, config.num_kv_blocks, config.tokens_per_block, dtype, self._device
+            )
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(f"engine.num_kv_blocks: {config.num_kv_blocks}: {error}") from None
+        if decode_attention is None and self._device.type == "cuda":
+            # cuDNN makes a plan for every new shape, and chunks have any: flash attention does not.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+            # Imported here: torch for CPUs comes without Triton.
+            from taper_trtllm.engines.triton_attention import TritonAttention
+
+            num_sms = torch.cuda.get_device_properties(self._device).multi_processor_count
+            decode_attention = TritonAttention(shape, config.max_batch_size, num_sms, self._device)
+        self._attention: PagedAttention | None = None
+        self._runner: BucketRunner | None = None
+        buckets: tuple[int, ...] | None = None
+        if decode_attention is not None:
+            buckets = width_buckets(config.max_batch_size)
+            self._runner = self._make_runner(config, decode_attention, buckets)
+        elif config.prefix_sharing_attention:
+            self._attention = CascadeAttention(shape, self._kv, config.max_seq_len)
+        else:
+            self._attention = PagedAttention(shape, self._kv, config.max_seq_len)
         self._fingerprint = fingerprint(config, checkpoint, self._device)
         super().__init__(
             per_step_capabilities(
                 name="torch",
+                width_buckets=buckets,
+                prefix_sharing_attention=config.prefix_sharing_attention,
                 bitwise_deterministic=False,
                 virtual_time=False,
                 max_batch_size=config.max_batch_size,
@@ -71,6 +101,20 @@ class TorchEngine(PagedEngine):
                 vocab_size=shape.vocab_size,
             )
         )
+
+    def _make_runner(
+        self, config: TorchEngineConfig, attention: DecodeAttention, buckets: Sequence[int]
+    ) -> BucketRunner:
+        builder = BucketBatchBuilder(
+            buckets,
+            config.tokens_per_block,
+            config.max_seq_len,
+            self._model.config.vocab_size,
+            attention.rows_per_tile if config.prefix_sharing_attention else None,
+            self._device,
+        )
+        captures = config.cuda_graphs and self._device.type == "cuda"
+        return BucketRunner(self._model, self._kv, builder, attention, buckets if captures else ())
 
     @property
     def fingerprint(self) -> Mapping[str, str]:
@@ -84,7 +128,7 @@ class TorchEngine(PagedEngine):
     def shutdown(self) -> None:
         """See `Engine`."""
         super().shutdown()
-        del self._model, self._attention
+        del self._model, self._kv, self._attention, self._runner
 
     def _compute(
         self,
@@ -93,20 +137,39 @@ class TorchEngine(PagedEngine):
         chunks: Sequence[ChunkWork],
         copies: Sequence[BlockCopy],
     ) -> dict[SequenceId, int]:
+        if self._runner is not None:
+            return self._run_in_buckets(plan, decode, chunks, copies)
         segments = [
             Segment(i, s.tokens[-1:], s.table.block_ids, len(s.tokens) - 1, len(s.tokens), True)
             for i, s in zip(plan.decode, decode, strict=True)
         ]
         segments += [segment for chunk in chunks for segment in _segments(chunk)]
         try:
-            self._attention.copy_blocks(copies)
+            if copies:
+                self._kv.copy_blocks([c.src for c in copies], [c.dst for c in copies])
             return self._run(segments)
         except RuntimeError as error:
             raise EngineError(f"step {self._iteration} failed: {error}") from error
 
+    def _run_in_buckets(
+        self,
+        plan: StepPlan,
+        decode: Sequence[EngineSequence],
+        chunks: Sequence[ChunkWork],
+        copies: Sequence[BlockCopy],
+    ) -> dict[SequenceId, int]:
+        assert self._runner is not None
+        drawing = [*plan.decode, *(chunk.sequence_id for chunk in chunks if chunk.sample)]
+        try:
+            tokens = self._runner.run(decode, chunks, copies)
+        except RuntimeError as error:
+            raise EngineError(f"step {self._iteration} failed: {error}") from error
+        return dict(zip(drawing, tokens, strict=True))
+
     @torch.inference_mode()
     def _run(self, segments: Sequence[Segment]) -> dict[SequenceId, int]:
         """Computes the segments; returns the drawn tokens."""
+        assert self._attention is not None
         batch = self._attention.begin_step(segments)
         hidden = self._model.forward(batch.token_ids, batch.positions, self._attention)
         if not batch.sampled_ids:
