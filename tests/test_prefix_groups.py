@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Iterator
 from itertools import takewhile
 
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from taper_trtllm.engines.prefix_groups import prefix_groups
@@ -39,7 +39,9 @@ def partitions(items: list[int]) -> Iterator[list[list[int]]]:
             yield [*rest[:i], [items[0], *part], *rest[i + 1 :]]
 
 
+@settings(max_examples=400, deadline=None)
 @given(tables=forked_tables(), cost=st.integers(0, 6))
+@example(tables=[array("i", t) for t in ([1, 2], [1], [1], [1, 2], [1, 2])], cost=0)
 def test_groups_share_their_prefix_and_save_the_most(tables: list[array[int]], cost: int):
     def saved(members: list[int]) -> int:
         return (len(members) - 1) * common([tables[i] for i in members]) - cost

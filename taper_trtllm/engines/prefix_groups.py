@@ -1,13 +1,13 @@
 """Which sequences of a step begin with the same KV blocks. Pure bookkeeping.
 
-Branches fork from branches, so the tables form trees. A sequence is in one group at most: of a
-family, either all of it shares its common prefix, or its subtrees share their longer ones.
+Branches fork from branches, so the tables form trees. A sequence is in one group at most: with its
+nearest relatives it shares the longest prefix, with more of them a shorter one.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,8 +36,12 @@ def prefix_groups(tables: Sequence[array[int]], min_saved_blocks: int) -> list[P
     """
     order = sorted(range(len(tables)), key=tables.__getitem__)
     common = [_common_blocks(tables[a], tables[b]) for a, b in pairwise(order)]
-    _, groups = _best(0, len(order), common, min_saved_blocks)
-    return [PrefixGroup(tuple(order[first:end]), num_blocks) for first, end, num_blocks in groups]
+    cuts = _cuts(0, len(order), common, min_saved_blocks)
+    best = max(cuts.values(), key=lambda cut: cut.saved)
+    return [
+        PrefixGroup(tuple(order[i] for i in members), num_blocks)
+        for members, num_blocks in best.groups
+    ]
 
 
 def _common_blocks(a: array[int], b: array[int]) -> int:
@@ -49,21 +53,48 @@ def _common_blocks(a: array[int], b: array[int]) -> int:
     return first if differ[first] else num
 
 
-_Groups = list[tuple[int, int, int]]
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """Sorted tables, divided: blocks saved, members and blocks of groups, and who is in none."""
+
+    saved: int
+    groups: tuple[tuple[tuple[int, ...], int], ...]
+    alone: tuple[int, ...]
+
+    def beside(self, other: _Cut) -> _Cut:
+        """Both."""
+        return _Cut(self.saved + other.saved, self.groups + other.groups, self.alone + other.alone)
+
+    def grouped(self, num_blocks: int, cost: int) -> _Cut:
+        """Those that are in no group are one."""
+        saved = self.saved + (len(self.alone) - 1) * num_blocks - cost
+        return _Cut(saved, (*self.groups, (self.alone, num_blocks)), ())
 
 
-def _best(first: int, end: int, common: Sequence[int], cost: int) -> tuple[int, _Groups]:
-    """Blocks saved and (first, end, blocks) of the best groups of sorted tables [first, end)."""
+def _cuts(first: int, end: int, common: Sequence[int], cost: int) -> dict[int, _Cut]:
+    """Of sorted tables [first, end), the best cut that leaves so many of them in no group.
+
+    Which ones they are does not matter to the groups above, where all share the same prefix.
+    """
+    nobody = _Cut(0, (), tuple(range(first, end)))
     if end - first < 2:
-        return 0, []
+        return {len(nobody.alone): nobody}
     depth = min(common[first : end - 1])
-    saved, groups, start = 0, [], first
+    cuts = {0: _Cut(0, (), ())}
+    start = first
     for at in range(first + 1, end + 1):
         if at == end or common[at - 1] == depth:
-            more, inside = _best(start, at, common, cost)
-            saved, start = saved + more, at
-            groups += inside
-    as_one = (end - first - 1) * depth - cost
-    if as_one > saved:
-        return as_one, [(first, end, depth)]
-    return saved, groups
+            below = _cuts(start, at, common, cost)
+            cuts = _best_of(a.beside(b) for a in cuts.values() for b in below.values())
+            start = at
+    grouped = [cut.grouped(depth, cost) for cut in cuts.values() if len(cut.alone) > 1]
+    return _best_of([nobody, *cuts.values(), *grouped])
+
+
+def _best_of(cuts: Iterable[_Cut]) -> dict[int, _Cut]:
+    best: dict[int, _Cut] = {}
+    for cut in cuts:
+        num_alone = len(cut.alone)
+        if num_alone not in best or best[num_alone].saved < cut.saved:
+            best[num_alone] = cut
+    return best
