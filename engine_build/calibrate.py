@@ -9,9 +9,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import itertools
+import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,11 @@ from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 _PREFILL_WIDTH = 8  # sequences that decode beside a measured prefill
 _PREFILL_BESIDE_CONTEXT = 128
 _MAX_CHUNKS = 4
+_MAX_CHECK_WIDTH = 64
+# However short the time is:
+_LEAST_REPETITIONS = 2
+_LEAST_CHECKS = 12
+_DECODE_SHARE, _PREFILL_SHARE, _CHECK_SHARE = 0.6, 0.2, 0.2  # of the time
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,7 @@ class Grid:
 
     Attributes:
         widths: Decode widths; those that the engine or its KV pool cannot hold are left out.
-        contexts: Context tokens of every sequence.
+        contexts: Context tokens of every sequence, ascending.
         prefill_tokens: Chunk sizes.
         prefill_contexts: Computed tokens before a chunk.
         repetitions: Measurements of each point; the median counts.
@@ -85,11 +93,14 @@ class Calibrator:
         engine: Measured; left without sequences.
         grid: Which steps.
         advance: Called after every measured repetition, for progress.
+        budget_s: About how long the whole may take: there are fewer repetitions and checks, and
+            contexts are left out, as the time asks for it; None for the whole grid.
     """
 
     engine: Engine
     grid: Grid
     advance: Callable[[], None] = lambda: None
+    budget_s: float | None = None
     _ids: Iterator[int] = field(default_factory=itertools.count)
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _meter: StepMeter = field(init=False)
@@ -106,6 +117,8 @@ class Calibrator:
         """
         self._check_size()
         decode = tuple(self._measure_decode())
+        if len({point.width for point in decode}) < 2:
+            raise ConfigError("the time is too short to calibrate: fewer than two widths measured")
         profile = LatencyProfile(
             fingerprint=dict(self.engine.fingerprint),
             provenance=provenance,
@@ -173,32 +186,57 @@ class Calibrator:
     def _blocks_of(self, context: int) -> int:
         """KV blocks of a sequence that begins with so many tokens, until its level is measured."""
         tokens = context + self._num_tokens_per_level()
-        return -(-tokens // self.engine.capabilities.tokens_per_block)
+        return -(-tokens // self.engine.capabilities.tokens_per_block) + 1  # where a fork begins
 
     def _num_tokens_per_level(self) -> int:
         num_decodes = len(self.grid.widths) * (self.grid.repetitions + 1) + 1
         return self._meter.num_tokens_of(num_decodes)
 
-    def _measure_decode(self) -> Iterator[DecodePoint]:
-        for context, widths in self._levels():
-            sequences = self._make_sequences([context] * widths[-1])
-            samples: dict[int, list[tuple[float, float]]] = {w: [] for w in widths}
-            for repetition in range(self.grid.repetitions + 1):
-                for width in self._rng.permutation(widths):
-                    # A random subset, so that sequences stay about equally long.
-                    chosen = self._rng.permutation(sequences)[:width]
-                    step = self._decode(chosen)
-                    if repetition:  # the first one warms up
-                        mean_context = step.num_context_tokens / width
-                        samples[int(width)].append((step.step_ms, mean_context))
-                if repetition:
-                    self.advance()
-            for width in widths:
-                step_ms, mean_context = np.median(np.array(samples[width]), axis=0)
-                yield DecodePoint(
-                    width=width, context_tokens=round(mean_context), step_ms=float(step_ms)
-                )
-            self._release(sequences)
+    def _measure_decode(self) -> list[DecodePoint]:
+        """Points of widths that were measured at two contexts at least.
+
+        Sequences grow from one context to the next, so that nothing is computed twice; what is
+        measured are forks of them.
+        """
+        levels = self._levels()
+        pace = self._pace(_DECODE_SHARE, len(levels))
+        points: list[DecodePoint] = []
+        roots: list[int] = []
+        for index, (context, widths) in enumerate(levels):
+            if pace.is_behind(index):
+                continue
+            self._release(roots[widths[-1] :])
+            roots = [self._grow(root, context - 1) for root in roots[: widths[-1]]]
+            roots += self._add([context - 1] * (widths[-1] - len(roots)))
+            self._meter.compute(roots, draw=True)
+            forks = [self._fork(root) for root in roots]
+            points += self._measure_level(forks, widths, partial(pace.has_time, index))
+            self._release(forks)
+        self._release(roots)
+        count = Counter(point.width for point in points)
+        return [point for point in points if count[point.width] >= 2]
+
+    def _measure_level(
+        self, sequences: Sequence[int], widths: Sequence[int], has_time: Callable[[], bool]
+    ) -> Iterator[DecodePoint]:
+        samples: dict[int, list[tuple[float, float]]] = {w: [] for w in widths}
+        for repetition in range(self.grid.repetitions + 1):
+            if repetition > _LEAST_REPETITIONS and not has_time():
+                break
+            for width in self._rng.permutation(widths):
+                # A random subset, so that sequences stay about equally long.
+                chosen = self._rng.permutation(sequences)[:width]
+                step = self._decode(chosen)
+                if repetition:  # the first one warms up
+                    mean_context = step.num_context_tokens / width
+                    samples[int(width)].append((step.step_ms, mean_context))
+            if repetition:
+                self.advance()
+        for width in widths:
+            step_ms, mean_context = np.median(np.array(samples[width]), axis=0)
+            yield DecodePoint(
+                width=width, context_tokens=round(mean_context), step_ms=float(step_ms)
+            )
 
     def _decode(self, sequences: Sequence[int]) -> IterationAudit:
         return self._meter.decode([int(s) for s in sequences])
@@ -248,11 +286,14 @@ class Calibrator:
     def _measure_prefill(self) -> Iterator[PrefillPoint]:
         width = _PREFILL_WIDTH
         decoding = self._make_sequences([_PREFILL_BESIDE_CONTEXT] * width)
-        cases = itertools.product((self._meter.least_width, width), self._prefill_cases())
-        for beside, (context, num_tokens, num_chunks) in cases:
+        cases = list(itertools.product((self._meter.least_width, width), self._prefill_cases()))
+        pace = self._pace(_PREFILL_SHARE, len(cases))
+        for index, (beside, (context, num_tokens, num_chunks)) in enumerate(cases):
             base = self._make_sequences([context] if context else [], draw=False)
             steps = []
             for repetition in range(self.grid.repetitions + 1):
+                if repetition > _LEAST_REPETITIONS and not pace.has_time(index):
+                    break
                 chunks = self._make_chunks(base, context, num_tokens, num_chunks)
                 step = self._meter.prefill(decoding[:beside], chunks)
                 self._release([chunk.sequence_id for chunk in chunks])
@@ -304,12 +345,14 @@ class Calibrator:
     def _check(self, profile: LatencyProfile) -> FitReport:
         """Random batches of mixed lengths: a narrow one, and a wider one that contains it."""
         predictor = StepLatencyPredictor(profile, self.engine.capabilities.max_batch_size)
-        longest = self.grid.contexts[min(2, len(self.grid.contexts) - 1)]
-        most = min(64, self.engine.capabilities.max_batch_size, self._most_sequences(longest))
-        contexts = self._rng.integers(min(self.grid.contexts), longest, size=most)
-        sequences = self._make_sequences([int(c) for c in contexts])
+        longest, most = self._widest_check(profile)
+        logs = self._rng.uniform(math.log(min(self.grid.contexts)), math.log(longest), size=most)
+        sequences = self._make_sequences([round(c) for c in np.exp(logs)])
         errors, gaps, externalities = [], [], []
-        for _ in range(self.grid.num_checks):
+        pace = self._pace(_CHECK_SHARE, 1)
+        for index in range(self.grid.num_checks):
+            if index >= _LEAST_CHECKS and not pace.has_time(0):
+                break
             order = self._rng.permutation(sequences)
             narrow, wide = np.sort(self._rng.integers(1, most + 1, size=2))
             measured, predicted = [], []
@@ -327,7 +370,16 @@ class Calibrator:
             self.advance()
         self._release(sequences)
         externality_error = float(np.sum(gaps) / max(np.sum(externalities), 1e-9))
-        return FitReport(float(np.mean(errors)), externality_error, self.grid.num_checks)
+        return FitReport(float(np.mean(errors)), externality_error, len(errors))
+
+    def _widest_check(self, profile: LatencyProfile) -> tuple[int, int]:
+        """Longest context of the check, and how many sequences; within what was measured."""
+        most = min(_MAX_CHECK_WIDTH, max(point.width for point in profile.decode))
+        longest = max(point.context_tokens for point in profile.decode if point.width >= most)
+        return min(longest, max(self.grid.contexts)), most
+
+    def _pace(self, share: float, num_parts: int) -> _Pace:
+        return _Pace(math.inf if self.budget_s is None else share * self.budget_s, num_parts)
 
     # ---- sequences
 
@@ -337,18 +389,62 @@ class Calibrator:
 
     def _make_sequences(self, contexts: Sequence[int], *, draw: bool = True) -> list[int]:
         """Sequences of random tokens; all are computed, or all but a last one that was drawn."""
+        sequences = self._add([context - draw for context in contexts])
+        self._meter.compute(sequences, draw=draw)
+        return sequences
+
+    def _add(self, lengths: Sequence[int]) -> list[int]:
+        """Sequences of random tokens, all pending."""
         sequences = []
-        for context in contexts:
+        for length in lengths:
             sequence = next(self._ids)
-            ids = self._random_ids(max(context - draw, 1))
+            ids = self._random_ids(max(length, 1))
             self.engine.add_sequence(sequence, sequence, ids, params(sequence))
             sequences.append(sequence)
-            self._meter.compute(sequence, draw=draw)
         return sequences
+
+    def _grow(self, sequence: int, num_tokens: int) -> int:
+        """A sequence of so many tokens that takes the place of a shorter one."""
+        grown = self._fork(sequence, num_tokens - self.engine.num_tokens(sequence))
+        self._release([sequence])
+        return grown
+
+    def _fork(self, sequence: int, num_suffix: int = 0) -> int:
+        """A sequence with the same tokens, and so many random ones behind them."""
+        fork, num_computed = next(self._ids), self.engine.num_computed_tokens(sequence)
+        ids = self._random_ids(num_suffix)
+        self.engine.fork_sequence(sequence, fork, num_computed, ids, params(sequence))
+        return fork
 
     def _release(self, sequences: Sequence[int]) -> None:
         for sequence in sequences:
             self.engine.release_sequence(sequence)
+
+
+class _Pace:
+    """Parts of a measurement that share its time equally, from now on.
+
+    Args:
+        budget_s: Of all parts.
+        num_parts: How many there are.
+    """
+
+    def __init__(self, budget_s: float, num_parts: int) -> None:
+        self._part_s = budget_s / max(1, num_parts)
+        self._num_parts = num_parts
+        self._start_s = time.monotonic()
+
+    def has_time(self, index: int) -> bool:
+        """The part may go on."""
+        return self._elapsed_s < (index + 1) * self._part_s
+
+    def is_behind(self, index: int) -> bool:
+        """The part is to be left out; never one of the first two."""
+        return index > 1 and self._elapsed_s > index * self._part_s
+
+    @property
+    def _elapsed_s(self) -> float:
+        return time.monotonic() - self._start_s
 
 
 def add_parser(commands: Any) -> None:

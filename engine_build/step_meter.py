@@ -25,7 +25,7 @@ from taper_trtllm.engines.base import (
 )
 from taper_trtllm.request import SamplingParams
 
-_PREFILL_CHUNK = 512
+_PREFILL_TOKENS = 1024  # of a step that is not measured
 _LEASE_TOKENS = 8  # starts, a few iterations at full width, and the last, which is not accounted
 _MAX_STEPS = 64
 
@@ -49,13 +49,21 @@ class StepMeter:
         """Tokens that a sequence needs memory for, beyond its own, to decode so often."""
         return num_decodes
 
-    def compute(self, sequence_id: SequenceId, *, draw: bool) -> None:
-        """Computes all pending tokens of a sequence, and may draw the next."""
-        num_pending = self._num_pending(sequence_id)
-        for start in range(0, num_pending, _PREFILL_CHUNK):
-            num = min(_PREFILL_CHUNK, num_pending - start)
-            is_last = start + num == num_pending
-            self._run(StepPlan(prefill=(PrefillChunk(sequence_id, num, draw and is_last),)))
+    def compute(self, sequence_ids: Sequence[SequenceId], *, draw: bool) -> None:
+        """Computes all pending tokens of sequences, and may draw the next of each."""
+        chunks: list[PrefillChunk] = []
+        room, most_chunks = _PREFILL_TOKENS, self.engine.capabilities.max_batch_size
+        for sequence_id in sequence_ids:
+            num_pending = self._num_pending(sequence_id)
+            while num_pending:
+                num = min(room, num_pending)
+                num_pending, room = num_pending - num, room - num
+                chunks.append(PrefillChunk(sequence_id, num, draw and not num_pending))
+                if not room or len(chunks) == most_chunks:
+                    self._run(StepPlan(prefill=tuple(chunks)))
+                    chunks, room = [], _PREFILL_TOKENS
+        if chunks:
+            self._run(StepPlan(prefill=tuple(chunks)))
 
     def decode(self, sequence_ids: Sequence[SequenceId]) -> IterationAudit:
         """One decode step of exactly these sequences, or what several of them say together."""
@@ -119,10 +127,12 @@ class LeaseMeter(StepMeter):
         """See `StepMeter`."""
         return _LEASE_TOKENS + self.engine.capabilities.tokens_per_block
 
-    def compute(self, sequence_id: SequenceId, *, draw: bool) -> None:
+    def compute(self, sequence_ids: Sequence[SequenceId], *, draw: bool) -> None:
         """See `StepMeter`."""
-        chunk = PrefillChunk(sequence_id, self._num_pending(sequence_id), draw)
-        self._run_to_end(self._run(StepPlan(prefill=(chunk,))))
+        for sequence_id in sequence_ids:
+            if num_pending := self._num_pending(sequence_id):
+                chunk = PrefillChunk(sequence_id, num_pending, draw)
+                self._run_to_end(self._run(StepPlan(prefill=(chunk,))))
 
     def decode(self, sequence_ids: Sequence[SequenceId]) -> IterationAudit:
         """See `StepMeter`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,9 @@ from perf.latency import RequestRecord
 from perf.metrics import SloScore
 from perf.regime import Regime, write_config
 from perf.workload import DEFAULT_TRACE, build_workload
-from taper_trtllm.admission import make_policy
-from taper_trtllm.config import SchedulerConfig, ServingConfig
-from taper_trtllm.predictor import StepLatencyPredictor
-from taper_trtllm.profile import load_profile
+from taper_trtllm.config import ServingConfig
 from taper_trtllm.triton_server import TritonServer
 
-_ANY_PROFILE = Path(__file__).parent / "profiles" / "h200_fp8_tp1.json"
 _NUM_WARMUPS = 8
 _STREAM_TIMEOUT_S = 120.0  # far beyond any objective; a request that takes longer is a miss
 
@@ -46,17 +41,6 @@ class Experiment:
     def score(self) -> SloScore:
         """How requests are scored: by the objectives that the server holds them to."""
         return SloScore(ttft_ms=self.regime.ttft_slo_ms, tpot_ms=self.regime.tpot_slo_ms)
-
-
-def check_policies(policies: Sequence[str]) -> None:
-    """Refuses an unknown policy before hours of measurement.
-
-    Raises:
-        ConfigError: Names the policy and lists those that exist.
-    """
-    predictor = StepLatencyPredictor(load_profile(_ANY_PROFILE))
-    for policy in policies:
-        make_policy(policy, SchedulerConfig(), predictor)
 
 
 def run_cell(

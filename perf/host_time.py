@@ -15,15 +15,13 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from perf.bench_serving import BenchConfig, run_benchmark
 from perf.grpc_client import ClientConfig, ServerUnavailableError
+from perf.host_gap import HostTimeError, host_ms
 from perf.metrics import SloScore
 from perf.regime import write_config
 from perf.workload import WorkloadConfig, WorkloadError, build_workload, vocab_size_of
@@ -37,13 +35,7 @@ _CONCURRENCY = 8  # half of the slots of the default configuration
 _NUM_PROMPTS = 120
 _INPUT_LEN, _OUTPUT_LEN = 64, 128
 _NUM_WARMUPS = 8
-_TRIMMED = 0.02  # share of steps left out at either end
-_LEAST_STEPS = 100
 _STATUS = "measuring the host time of a step in the running server"
-
-
-class HostTimeError(RuntimeError):
-    """The host time cannot be measured, with the reason."""
 
 
 def measure_host_ms(profile: Path, base: ServingConfig) -> float:
@@ -92,26 +84,6 @@ def _bench(server: TritonServer, base: ServingConfig) -> BenchConfig:
         num_warmups=_NUM_WARMUPS,
         show_progress=False,
     )
-
-
-def host_ms(steps: Iterable[dict[str, Any]]) -> float:
-    """Mean of what decode steps take beyond their prediction, without the extremes.
-
-    Args:
-        steps: Step records (`step_trace.record_json`) predicted by the profile alone.
-
-    Raises:
-        HostTimeError: Too few of them decoded without prefill.
-    """
-    gaps = sorted(
-        step["step_ms"] - step["predicted_step_ms"]
-        for step in steps
-        if step["predicted_step_ms"] is not None and not step["num_prefill_tokens"]
-    )
-    if len(gaps) < _LEAST_STEPS:
-        raise HostTimeError(f"only {len(gaps)} steps without prefill; {_LEAST_STEPS} are needed")
-    cut = int(_TRIMMED * len(gaps))
-    return max(0.0, float(np.mean(gaps[cut : len(gaps) - cut])))
 
 
 def add_host_time(path: Path, base: ServingConfig) -> LatencyProfile:

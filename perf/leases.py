@@ -27,12 +27,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from perf.argument_types import positive_int
-from perf.cell import check_policies
 from perf.evaluation_cells import CELLS, study_of
 from perf.plots import colours
 from perf.result import git_sha, save_json
 from perf.simulated_cell import Cell, deployment_of, run_cell
 from perf.simulation import Deployment
+from perf.sweep_cells import check_policies
 from perf.virtual_trtllm import Leases, VirtualTrtllmEngine
 from taper_trtllm.config import ConfigError, TrtllmEngineConfig
 

@@ -14,12 +14,13 @@ from typing import Any
 from rich.console import Console
 
 from perf.argument_types import positive, positive_int
-from perf.cell import Experiment, check_policies, run_cell
+from perf.cell import Experiment, run_cell
 from perf.grpc_client import ServerUnavailableError
 from perf.host_time import HostTimeError, measure_profile
 from perf.plots import plot_comparison
 from perf.regime import load_base, regime_of
 from perf.result import save_json
+from perf.sweep_cells import check_policies
 from perf.tables import comparison_table
 from perf.trace import TraceError
 from perf.workload import WorkloadError

@@ -44,6 +44,19 @@ KV_POOL_FOOTPRINTS = 2.0  # per slot: one for the request itself, one for branch
 
 
 @dataclass(frozen=True, slots=True)
+class RegimeRules:
+    """What a regime is derived by; the defaults suit the small model on a CPU.
+
+    Attributes:
+        tpot_slo_steps: tau, in steps of a single sequence.
+        max_num_requests: Request slots; None for as many as a step within tau is wide.
+    """
+
+    tpot_slo_steps: float = TPOT_SLO_STEPS
+    max_num_requests: int | None = MAX_NUM_REQUESTS
+
+
+@dataclass(frozen=True, slots=True)
 class Regime:
     """What every policy of an experiment runs under.
 
@@ -55,7 +68,7 @@ class Regime:
         mean_prefill_tokens: Prompt, header and join tokens per request.
         mean_context_tokens: Context length of a decoded token.
         single_step_ms: T(1, mean context).
-        tpot_slo_ms: tau = `TPOT_SLO_STEPS` x single step.
+        tpot_slo_ms: tau = so many single steps (`RegimeRules`).
         ttft_slo_ms: Y = `TTFT_SLO_TPOTS` x tau.
         max_num_requests: Request slots.
         max_prefill_tokens: Chunk budget: the most whole blocks with which a step of all slots, one
@@ -133,7 +146,8 @@ class Regime:
             f"{self.prompt_scale:.3g}; means: "
             f"{self.mean_output_tokens:.0f} decoded and {self.mean_prefill_tokens:.0f} prefilled "
             f"tokens, context {self.mean_context_tokens:.0f}",
-            f"tau = {TPOT_SLO_STEPS:g} x T(1) = {TPOT_SLO_STEPS:g} x {self.single_step_ms:.2f} ms "
+            f"tau = {self.tpot_slo_ms / self.single_step_ms:g} x T(1) = "
+            f"{self.tpot_slo_ms / self.single_step_ms:g} x {self.single_step_ms:.2f} ms "
             f"= {self.tpot_slo_ms:.1f} ms;  Y = {TTFT_SLO_TPOTS} tau = {self.ttft_slo_ms:.0f} ms",
             f"{self.max_num_requests} slots, {self.num_kv_blocks} KV blocks, "
             f"{self.max_prefill_tokens} prefill tokens per step",
@@ -174,6 +188,7 @@ def fix_regime(
     base: ServingConfig,
     length_scale: float = LENGTH_SCALE,
     prompt_scale: float = PROMPT_SCALE,
+    rules: RegimeRules = RegimeRules(),
 ) -> Regime:
     """Derives the regime.
 
@@ -183,6 +198,7 @@ def fix_regime(
         base: Configuration of the engine and the scheduler's constants.
         length_scale: That the costs were computed with.
         prompt_scale: Likewise.
+        rules: Objectives and slots.
     """
     output = float(np.mean([c.num_output_tokens for c in costs]))
     context = sum(c.decode_context_tokens for c in costs) / sum(c.num_output_tokens for c in costs)
@@ -192,11 +208,12 @@ def fix_regime(
         token_context=float(np.mean([c.prefill_token_context for c in costs])),
     )
     single_ms = predictor.predict_step_ms(1, round(context))
-    tau_ms = TPOT_SLO_STEPS * single_ms
+    tau_ms = rules.tpot_slo_steps * single_ms
     prefill_ms = predictor.predict_step_ms(1, round(context), prefill) - single_ms
     widest = _widest_step(
         predictor, context, prefill_ms / output, tau_ms, base.scheduler.max_batch_size
     )
+    num_slots = rules.max_num_requests or widest
     return Regime(
         length_scale=length_scale,
         prompt_scale=prompt_scale,
@@ -207,11 +224,11 @@ def fix_regime(
         single_step_ms=single_ms,
         tpot_slo_ms=tau_ms,
         ttft_slo_ms=TTFT_SLO_TPOTS * tau_ms,
-        max_num_requests=MAX_NUM_REQUESTS,
+        max_num_requests=num_slots,
         max_prefill_tokens=_chunk_budget(
-            predictor, context, CHUNK_STEP_TPOTS * tau_ms, base.engine
+            predictor, num_slots, context, CHUNK_STEP_TPOTS * tau_ms, base.engine
         ),
-        num_kv_blocks=_kv_pool(costs),
+        num_kv_blocks=_kv_pool(costs, num_slots),
         prefill_ms=prefill_ms,
         widest_step=widest,
         reference_rate=1e3 * widest / (tau_ms * output),
@@ -234,6 +251,7 @@ def _widest_step(
 
 def _chunk_budget(
     predictor: StepLatencyPredictor,
+    num_slots: int,
     context: float,
     limit_ms: float,
     engine: TorchEngineConfig,
@@ -241,18 +259,15 @@ def _chunk_budget(
     budget = block = engine.tokens_per_block
     while budget < engine.max_seq_len:
         chunk = PrefillLoad(1, budget + block, (budget + block) ** 2 / 2)
-        if (
-            predictor.predict_step_ms(MAX_NUM_REQUESTS, round(MAX_NUM_REQUESTS * context), chunk)
-            > limit_ms
-        ):
+        if predictor.predict_step_ms(num_slots, round(num_slots * context), chunk) > limit_ms:
             break
         budget += block
     return budget
 
 
-def _kv_pool(costs: list[ProgramCost]) -> int:
+def _kv_pool(costs: list[ProgramCost], num_slots: int) -> int:
     footprints = [c.footprint_blocks for c in costs]
-    wanted = math.ceil(KV_POOL_FOOTPRINTS * MAX_NUM_REQUESTS * float(np.mean(footprints)))
+    wanted = math.ceil(KV_POOL_FOOTPRINTS * num_slots * float(np.mean(footprints)))
     return max(wanted, max(footprints))
 
 
@@ -273,6 +288,7 @@ def regime_of(
     dataset_path: Path = DEFAULT_TRACE,
     length_scale: float = LENGTH_SCALE,
     prompt_scale: float = PROMPT_SCALE,
+    rules: RegimeRules = RegimeRules(),
 ) -> Regime:
     """The regime of a profile file and a trace file.
 
@@ -280,10 +296,10 @@ def regime_of(
         ProfileError: The profile cannot be read.
         TraceError: The trace cannot be read.
     """
-    width = max(base.scheduler.max_batch_size, MAX_NUM_REQUESTS)
+    width = max(base.scheduler.max_batch_size, rules.max_num_requests or 1)
     predictor = StepLatencyPredictor(load_profile(profile), width, mode="uncorrected")
     costs = trace_costs(dataset_path, length_scale, prompt_scale, base.limits, base.engine)
-    return fix_regime(predictor, costs, base, length_scale, prompt_scale)
+    return fix_regime(predictor, costs, base, length_scale, prompt_scale, rules)
 
 
 def write_config(config: ServingConfig, path: Path) -> None:

@@ -208,6 +208,12 @@ def save_json(result: dict[str, Any], path: Path) -> None:
     partial.replace(path)
 
 
+def load_json(path: Path) -> dict[str, Any]:
+    """Reads what `save_json` wrote."""
+    content: dict[str, Any] = json.loads(path.read_text())
+    return content
+
+
 def save_records(records: Sequence[RequestRecord], path: Path) -> None:
     """Writes one line per request in the shape of AIPerf's ``profile_export.jsonl``."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""One run of the executor in virtual time: requests in, what each of them got out.
+"""One run of the executor: requests in, what each of them got out.
+
+`simulate` runs in virtual time, and `replay` on any engine that can let time pass.
 
 The executor, its policies and its predictor are those that serve; the engine below them
 (`engines/simulated.py`) takes its step times from a profile.
@@ -8,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from perf.offered_load import Offer
 from perf.virtual_trtllm import Leases, VirtualTrtllmEngine
 from taper_trtllm.batch import StepRecord
 from taper_trtllm.config import SchedulerConfig
+from taper_trtllm.engines.base import Engine
 from taper_trtllm.engines.simulated import SimulatedConfig, SimulatedEngine
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.output import RequestMetrics, RequestOutput
@@ -52,11 +56,11 @@ class Deployment:
 
 @dataclass(slots=True)
 class SimulatedRequest:
-    """What one request got; times are virtual.
+    """What one request got.
 
     Attributes:
         offer: What was asked for.
-        arrival_s: When it arrived.
+        arrival_s: When it arrived, on the engine's clock.
         end_s: When it finished; None if it had not when the run ended.
         metrics: The server's account of it, once it finished.
     """
@@ -70,6 +74,13 @@ class SimulatedRequest:
     def is_met(self) -> bool:
         """It finished and met its objective."""
         return self.metrics is not None and self.metrics.slo_met
+
+
+class WaitingEngine(Engine, Protocol):
+    """An engine that can let time pass without work."""
+
+    def advance_to(self, time_s: float) -> None:
+        """Returns when the engine's clock shows that time."""
 
 
 def simulate(
@@ -99,6 +110,28 @@ def simulate(
     )
     if observe is not None:
         executor.add_step_observer(observe)
+    return replay(executor, engine, arrivals, end_s, scored_until_s)
+
+
+def replay(
+    executor: TaperExecutor,
+    engine: WaitingEngine,
+    arrivals: Iterable[tuple[float, Offer]],
+    end_s: float,
+    scored_until_s: float = float("inf"),
+) -> list[SimulatedRequest]:
+    """Drives an executor, open loop: who arrives during a step is there after it.
+
+    Args:
+        executor: Driven; requests that are open at the end stay so.
+        engine: The executor's.
+        arrivals: See `simulate`; times are on the engine's clock.
+        end_s: See `simulate`.
+        scored_until_s: See `simulate`.
+
+    Returns:
+        See `simulate`.
+    """
     arrived: list[SimulatedRequest] = []
     open_scored: set[str] = set()
 

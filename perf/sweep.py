@@ -13,21 +13,20 @@ import argparse
 import json
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from perf.argument_types import count, positive, positive_int
-from perf.cell import Experiment, check_policies, run_cell
+from perf.cell import Experiment, run_cell
 from perf.grpc_client import ServerUnavailableError
 from perf.host_time import HostTimeError, measure_profile
 from perf.plots import plot_sweep
 from perf.regime import LENGTH_SCALE, PROMPT_SCALE, Regime, load_base, regime_of
 from perf.result import save_json
+from perf.sweep_cells import check_policies, load_cells, schedule
 from perf.sweep_summary import Cells, summarise, summary_tables
 from perf.trace import TraceError
 from perf.workload import DEFAULT_TRACE, WorkloadError
@@ -41,31 +40,6 @@ LOADS = (0.4, 0.6, 0.8, 1.0)
 
 class SweepError(RuntimeError):
     """A sweep that cannot run or go on, with what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One measurement of the sweep."""
-
-    policy: str
-    load: float
-    repetition: int
-
-    @property
-    def filename(self) -> str:
-        """Name of its result."""
-        return f"{self.policy}_{self.load:g}_{self.repetition}.json"
-
-
-def schedule(policies: Sequence[str], loads: Sequence[float], repetitions: int) -> list[Cell]:
-    """All cells in the order they run: by repetition and load, policies in rotated order."""
-    cells = []
-    for repetition in range(repetitions):
-        for i, load in enumerate(loads):
-            start = (repetition + i) % len(policies)
-            rotated = [*policies[start:], *policies[:start]]
-            cells += [Cell(policy, load, repetition) for policy in rotated]
-    return cells
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -179,14 +153,6 @@ def run_sweep(arguments: argparse.Namespace, experiment: Experiment, console: Co
             soft_wrap=True,
         )
     return load_cells(directory, cells)
-
-
-def load_cells(directory: Path, cells: Sequence[Cell]) -> Cells:
-    """Results by policy and load, in order of repetition."""
-    found: dict[str, dict[float, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
-    for cell in sorted(cells, key=lambda cell: cell.repetition):
-        found[cell.policy][cell.load].append(json.loads((directory / cell.filename).read_text()))
-    return {policy: dict(by_load) for policy, by_load in found.items()}
 
 
 def main() -> int:

@@ -90,15 +90,21 @@ class BucketRunner:
         decode: Sequence[EngineSequence],
         chunks: Sequence[ChunkWork],
         copies: Sequence[BlockCopy],
+        on_logits: Callable[[Sequence[int], torch.Tensor], None] | None = None,
     ) -> list[int]:
         """Computes a step; arguments as in `PagedEngine._compute`.
+
+        `on_logits` gets the place of each row in the result, and the [n, vocab] logits.
 
         Returns:
             The drawn tokens: of the sequences in decode, then of the chunks that draw.
         """
         with torch.inference_mode(), self._on_device:
             batch = self._builder.build(decode, chunks, copies)
-            tokens = self._compute(batch)
+            logits, tokens = self._compute(batch)
+            if on_logits is not None:
+                places = [*batch.order, *range(len(decode), len(tokens))]
+                on_logits(places, logits[: len(tokens)])
             # The host waits here, and nowhere else.
             drawn: list[int] = tokens.tolist()
             if not drawn and tokens.is_cuda:
@@ -106,15 +112,15 @@ class BucketRunner:
         in_order = dict(zip(batch.order, drawn, strict=False))
         return [in_order[i] for i in range(len(decode))] + drawn[len(decode) :]
 
-    def _compute(self, batch: BucketBatch) -> torch.Tensor:
-        """[drawn tokens], on the device."""
+    def _compute(self, batch: BucketBatch) -> _Tensors:
+        """Logits, perhaps with rows of padding behind; [drawn tokens]. On the device."""
         if batch.copies is not None:
             self._kv.copy_blocks(*batch.copies.long())
         graph = None if batch.chunks else self._graphs.get(batch.width)
         logits, tokens = graph.replay() if graph else self._forward(batch)
         if batch.draws is not None:
             draw_into(tokens, logits, batch.draws)
-        return tokens if batch.chunks else tokens[: len(batch.order)]  # without padding
+        return logits, tokens if batch.chunks else tokens[: len(batch.order)]  # without padding
 
     def _forward(self, batch: BucketBatch, out: torch.Tensor | None = None) -> _Tensors:
         """Logits of the rows that need them, and the best token of each."""

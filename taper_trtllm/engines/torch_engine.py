@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -38,9 +38,15 @@ class TorchEngine(PagedEngine):
         decode_attention: What decode in fixed shapes attends with, on any device; None for the
             Triton kernels on a GPU.
 
+    Attributes:
+        on_logits: For tests: called with the sequences of a step that draw a token, and the [n,
+            vocab] float32 logits that they draw it from; None for nobody.
+
     Raises:
         ConfigError: The checkpoint cannot be served, or a limit does not fit it.
     """
+
+    on_logits: Callable[[Sequence[SequenceId], torch.Tensor], None] | None = None
 
     def __init__(
         self, config: TorchEngineConfig, decode_attention: DecodeAttention | None = None
@@ -160,8 +166,14 @@ class TorchEngine(PagedEngine):
     ) -> dict[SequenceId, int]:
         assert self._runner is not None
         drawing = [*plan.decode, *(chunk.sequence_id for chunk in chunks if chunk.sample)]
+        observe = None
+        if (on_logits := self.on_logits) is not None:
+
+            def observe(places: Sequence[int], logits: torch.Tensor) -> None:
+                on_logits([drawing[place] for place in places], logits)
+
         try:
-            tokens = self._runner.run(decode, chunks, copies)
+            tokens = self._runner.run(decode, chunks, copies, observe)
         except RuntimeError as error:
             raise EngineError(f"step {self._iteration} failed: {error}") from error
         return dict(zip(drawing, tokens, strict=True))
@@ -175,8 +187,11 @@ class TorchEngine(PagedEngine):
         if not batch.sampled_ids:
             return {}
         sampled = [self._sequences[i] for i in batch.sampled_ids]
+        logits = self._model.logits(hidden[batch.sampled_rows])
+        if self.on_logits is not None:
+            self.on_logits(batch.sampled_ids, logits)
         tokens = draw_tokens(
-            self._model.logits(hidden[batch.sampled_rows]),
+            logits,
             [s.params for s in sampled],
             [len(s.tokens) for s in sampled],
         )
