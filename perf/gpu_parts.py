@@ -26,6 +26,7 @@ from perf.gpu_model import GpuError, ModelBytes, device_name, shape_of
 from perf.live_comparison import (
     CROSSING,
     EAGER,
+    LOADS_OF_CROSSING,
     Experiment,
     crossing_load,
     live_cell,
@@ -202,10 +203,10 @@ def live(run: Run) -> dict[str, Any]:
     """Policies on the live engine: interleaved, paired, all cells kept."""
     end_s, engine = time.monotonic() + run.budget_s, run.engine()
     experiment = _experiment(run, engine)
-    cell_s = _cell_s(run, len(run.loads or (1,)), end_s)
+    cell_s = _cell_s(run, len(run.loads or LOADS_OF_CROSSING), end_s)
     experiment = replace(experiment, window_s=_bounded(_WINDOW_SHARE * cell_s))
     with run.console.status("choosing the load in simulation"):
-        loads = run.loads or (crossing_load(experiment, range(run.repetitions)),)
+        loads = run.loads or _default_loads(run, experiment)
         durations_s = [
             simulate_cell(experiment, policy, load, seed=0)["duration_s"]
             for policy in run.policies
@@ -228,11 +229,16 @@ def live(run: Run) -> dict[str, Any]:
         "choice": "given"
         if run.loads
         else f"least load at which {EAGER}, simulated on the "
-        f"measured profile, meets less than {CROSSING:.0%}",
+        f"measured profile, meets less than {CROSSING:.0%}, times {LOADS_OF_CROSSING}",
         "window_s": experiment.window_s,
         "repetitions": num_done,
         **summarise(cells),
     }
+
+
+def _default_loads(run: Run, experiment: Experiment) -> tuple[float, ...]:
+    crossing = crossing_load(experiment, range(run.repetitions))
+    return tuple(round(crossing * times, 2) for times in LOADS_OF_CROSSING)
 
 
 def _cell_s(run: Run, num_loads: int, end_s: float) -> float:

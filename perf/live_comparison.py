@@ -40,7 +40,8 @@ from taper_trtllm.request import RequestLimits, SloTarget, max_new_tokens
 from taper_trtllm.step_trace import record_json
 
 EAGER = "irp-eager"
-CROSSING = 0.8  # eager crosses the objective where it meets less than this share
+CROSSING = 0.95  # eager crosses the objective where it meets less than this share
+LOADS_OF_CROSSING = (1.0, 1.3)  # that are measured, in loads at which it crosses
 LOADS = tuple(np.round(np.arange(0.4, 2.01, 0.1), 1).tolist())  # that are tried, in R0
 _HOST_POLICY = "taper:uncorrected"  # predicts by the profile alone
 _HOST_TOKENS = 96  # of a plain request
