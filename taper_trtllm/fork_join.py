@@ -255,8 +255,6 @@ class ForkJoinState:
         Raises:
             ValueError: The branch does not decode, or got more tokens than its stage has left.
         """
-        if node.status is not BranchStatus.DECODING:
-            raise ValueError(f"branch {node.path!r} got tokens while it is {node.status.name}")
         if node.written is not None:
             sighting = node.written.look(token_ids)
             if sighting is not None:
@@ -264,7 +262,7 @@ class ForkJoinState:
         if len(node.tokens) + len(token_ids) >= node.stage_end or (
             self._stop_ids and not self._stop_ids.isdisjoint(token_ids)
         ):
-            return self._end_stage(node, token_ids, None) if token_ids else ()
+            return self._end_stage(node, token_ids, None)
         self._take(node, token_ids)
         return ()
 
@@ -278,6 +276,10 @@ class ForkJoinState:
         self, node: BranchNode, token_ids: Sequence[int], sighting: Sighting | None
     ) -> list[Event]:
         """Takes tokens of which the last one ends the stage, or is a tag that could have."""
+        if node.status is not BranchStatus.DECODING:
+            raise ValueError(f"branch {node.path!r} got tokens while it is {node.status.name}")
+        if not token_ids:
+            return []
         stage_index = node.stage_index
         left = node.num_stage_tokens_left
         stopped = next((i for i, t in enumerate(token_ids) if t in self._stop_ids), None)

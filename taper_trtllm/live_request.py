@@ -299,13 +299,12 @@ class LiveRequest:
         outputs: list[BranchOutput] = []
         for sequence, token_ids in taken:
             node = sequence.node
-            stage_index = node.stage_index
             events = state.advance(node, token_ids)
-            if events:
+            if not events:
+                outputs.append(BranchOutput(node.path, node.stage_index, token_ids))
+            else:
                 sequences.touch(sequence)
                 outputs += self._carry_out(sequences, events, now_s)
-            else:
-                outputs.append(BranchOutput(node.path, stage_index, token_ids))
         self.tracker.record_tokens(now_s, state.num_output_tokens - num_tokens_before, is_serial)
         if is_serial and outputs[0].finish_reason is not None:
             self.tracker.end_serial_stage()
