@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from merging_toy import MergingEngine, alone
+from merging_toy import Context, MergingEngine, alone
 from programs import requests
 from test_executor import (
     SPECS,
@@ -15,11 +16,22 @@ from test_executor import (
     run_to_end,
     seed_of,
 )
-from test_written_forks import cancellable, decoded
+from test_written_forks import FORMATS, cancellable, decoded, make_talker
+from toy_engine import ToyEngine, next_token
 
+from taper_trtllm.engines.base import PrefillChunk, SequenceParams, SequencePiece, StepPlan
 from taper_trtllm.kv_budget import serial_footprint_blocks
-from taper_trtllm.request import ForkJoinRequest, ParallelStage, SerialStage
+from taper_trtllm.request import (
+    Branch,
+    ForkJoinRequest,
+    ParallelStage,
+    RequestError,
+    SamplingParams,
+    SerialStage,
+)
+from taper_trtllm.token_spans import Span, Spans
 
+SPARE = st.one_of(st.integers(0, 3), st.integers(0, 40))
 JOIN_MODES = st.sampled_from(["kv_merge", "kv_merge", "concat"])
 
 
@@ -57,8 +69,8 @@ def footprint_of(batch: list[ForkJoinRequest]) -> int:
     drawn=st.lists(requests(), min_size=1, max_size=5),
     modes=st.lists(JOIN_MODES, min_size=1, max_size=3),
     policy=st.sampled_from(SPECS),
-    spare=st.integers(0, 40),
-    fraction=st.sampled_from([1.0, 1.0, 0.5, 0.2]),
+    spare=SPARE,
+    fraction=st.sampled_from([1.0, 0.5, 0.2, 0.1]),
     prefill=st.sampled_from([1, 3, 16]),
     slots=st.integers(1, 4),
 )
@@ -93,7 +105,7 @@ def test_merged_branches_equal_independent_generation_under_every_schedule(
 @given(
     drawn=st.lists(requests(depth=2), min_size=1, max_size=3),
     policy=st.sampled_from(SPECS),
-    spare=st.integers(0, 40),
+    spare=SPARE,
     fraction=st.sampled_from([1.0, 0.3]),
     data=st.data(),
 )
@@ -144,3 +156,104 @@ def test_a_merge_goes_on_without_cancelled_branches(drawn, policy, spare, fracti
             assert any(f"{path}.".startswith(f"{g}.") for g in gone)
     assert engine.num_free_blocks == footprint + spare
     assert engine.num_sequences == 0
+
+
+# ------------------------------------------------------------------------------ the engine's part
+
+PARAMS = SequenceParams(SamplingParams(), seed=0)
+
+
+def compute(engine: MergingEngine, sequence_id: int, num_tokens: int, sample: bool = False):
+    result = engine.step(StepPlan(prefill=(PrefillChunk(sequence_id, num_tokens, sample),)))
+    return result.tokens.get(sequence_id)
+
+
+def branches(engine: MergingEngine, *lengths: int) -> list[SequencePiece]:
+    """A prefix of six tokens, and children 1, 2, ... with so many of their own, all computed."""
+    engine.add_sequence(0, 0, range(6), PARAMS)
+    compute(engine, 0, 5)
+    pieces = []
+    for child, length in enumerate(lengths, start=1):
+        engine.fork_sequence(0, child, 5, [10 * child + i for i in range(length)], PARAMS)
+        compute(engine, child, 1 + length)
+        pieces.append(SequencePiece(child, 6 if pieces else 0, 6 + length))
+    return pieces
+
+
+SPANS: Spans = (Span(), Span(9, 3, ((6, 9),)), Span(14, 8, ((6, 14),)), Span(15, 4))
+"""Of a prefix of 6 and branches of 3, 5 and 1: the longest ends at position 11."""
+
+
+def test_a_merged_sequence_that_is_preempted_is_computed_again_as_it_was():
+    engine = MergingEngine(num_kv_blocks=64)
+    pieces = branches(engine, 3, 5, 1)
+    engine.assemble_sequence(0, pieces, (50, 51), SPANS)
+    engine.check_integrity()
+    assert engine.num_computed_tokens(0) == 15 and engine.num_blocks_held(0) == 4
+    before = Context().then(range(6))
+    begun = [
+        before.then([10 * child + i for i in range(n)]) for child, n in enumerate((3, 5, 1), 1)
+    ]
+    whole = before.merged(begun).then((50, 51))
+    expected = next_token(whole.kv[-1:])
+    assert compute(engine, 0, 2, sample=True) == (expected,)
+
+    engine.preempt_sequence(0)
+    assert engine.num_computed_tokens(0) == 0
+    for chunk in (5, 5, 5):  # across the borders of branches
+        compute(engine, 0, chunk)
+    assert compute(engine, 0, 3, sample=True) == (next_token(whole.then([expected]).kv[-1:]),)
+
+
+@pytest.mark.parametrize("dropped", [1, 2, 3])
+def test_what_a_dropped_branch_lacks_is_computed_in_the_merged_sequence(dropped):
+    engine = MergingEngine(num_kv_blocks=64)
+    pieces = branches(engine, 3, 5, 1)
+    engine.preempt_sequence(dropped)
+    engine.assemble_sequence(0, pieces, (50, 51), SPANS)
+    engine.check_integrity()
+    assert engine.num_computed_tokens(0) == {1: 5, 2: 9, 3: 14}[dropped]
+    num_pending = engine.num_tokens(0) - engine.num_computed_tokens(0)
+    intact = MergingEngine(num_kv_blocks=64)
+    intact.assemble_sequence(0, branches(intact, 3, 5, 1), (50, 51), SPANS)
+    assert compute(engine, 0, num_pending, True) == compute(intact, 0, 2, True)
+
+
+def test_a_merge_needs_no_block_that_is_free_and_spares_what_others_hold():
+    engine = MergingEngine(num_kv_blocks=8)
+    pieces = branches(engine, 3, 5, 1)
+    assert engine.num_free_blocks == 1
+    engine.add_sequence(9, 9, range(4), PARAMS)
+    compute(engine, 9, 4)
+    assert engine.num_free_blocks == 0
+    engine.assemble_sequence(0, pieces, (50,), SPANS)
+    engine.check_integrity()
+    assert engine.num_computed_tokens(0) == 15 and engine.num_free_blocks == 3
+
+    engine = MergingEngine()
+    pieces = branches(engine, 3, 5)
+    engine.fork_sequence(1, 9, 9, (), PARAMS)
+    with pytest.raises(ValueError, match="shared"):
+        engine.assemble_sequence(0, pieces, (50,), SPANS)
+    assert engine.num_tokens(0) == 6 and engine.num_sequences == 4
+    engine.check_integrity()
+
+
+# ------------------------------------------------------------------------------ what is refused
+
+
+def test_requests_that_cannot_be_merged_are_refused_by_field():
+    inner = ParallelStage(branches=(Branch(max_tokens=1),))
+    outer = ParallelStage(
+        branches=(Branch(stages=(inner, SerialStage(max_tokens=1))),), join_ids=(1,)
+    )
+    fields = {"request_id": "r", "input_ids": (1,), "join_mode": "kv_merge"}
+    executor = make_executor(MergingEngine())
+    with pytest.raises(RequestError, match=r"stages\[0\].branches\[0\].stages\[0\].join_ids: req"):
+        executor.submit(ForkJoinRequest(**fields, stages=(outer,)))
+    with pytest.raises(RequestError, match=r"join_mode: 'kv_merge' is not supported by .* 'toy'"):
+        make_executor(ToyEngine()).submit(ForkJoinRequest(**fields, max_tokens=3))
+    silent = FORMATS["tokens"].model_copy(update={"join_text": ""})
+    talker = make_talker(MergingEngine(), "taper", silent)
+    with pytest.raises(RequestError, match="join_mode: 'kv_merge' needs a join text, 'toy' has"):
+        talker.submit(ForkJoinRequest(**fields, max_tokens=50, fork_format="toy"))

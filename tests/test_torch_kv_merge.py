@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from programs import requests
 from test_executor import SPECS, seed_of
@@ -200,7 +200,7 @@ def test_merged_kv_equals_a_dense_forward_with_the_training_mask(oracle, name, p
 
 
 @pytest.mark.parametrize("policy", SPECS[:4])
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.generate,))
 @given(drawn=st.lists(requests(2), min_size=1, max_size=3), spare=st.integers(0, 12))
 def test_programs_in_little_memory_equal_a_dense_forward(oracle, policy, drawn, spare):  # noqa: F811
     """Branches and merged sequences that are dropped are computed again as they were."""

@@ -258,7 +258,8 @@ talks = st.builds(
         ),
         name,
     ),
-    st.lists(st.integers(0, 96), min_size=1, max_size=12), st.integers(1, 400), st.booleans(),
+    st.lists(st.integers(0, 96), min_size=1, max_size=12),
+    st.one_of(st.integers(1, 100), st.integers(200, 400)), st.booleans(),
     st.sampled_from(list(FORMATS)), st.sampled_from(["concat", "kv_merge"]),
 )  # fmt: skip
 
