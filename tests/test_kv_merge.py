@@ -158,6 +158,34 @@ def test_a_merge_goes_on_without_cancelled_branches(drawn, policy, spare, fracti
     assert engine.num_sequences == 0
 
 
+def test_merged_kv_is_never_found_by_its_tokens_alone():
+    """A plain request with the very tokens of a merged sequence, beside it: KV of its own."""
+    stages = (
+        ParallelStage(
+            branches=tuple(Branch(header_ids=(i,), max_tokens=5) for i in range(3)), join_ids=(7,)
+        ),
+        SerialStage(max_tokens=30),
+    )
+    merges = ForkJoinRequest(
+        request_id="merges", input_ids=(1, 2, 3), stages=stages, join_mode="kv_merge"
+    )
+    engine, collector = MergingEngine(), Collector()
+    executor = make_executor(engine, "irp-eager")
+    executor.submit(merges, collector)
+    while ("", 1) not in collector.tokens("merges"):
+        executor.run_once()
+    (running,) = executor._running
+    text = (*merges.input_ids, *running.state.root.tokens)
+    plain = ForkJoinRequest(request_id="plain", input_ids=text, max_tokens=9)
+    num_drawn = len(collector.tokens("merges")["", 1])
+    executor.submit(plain, collector)
+    run_to_end(executor, engine)
+    for request in (plain, merges):
+        assert collector.tokens(request.request_id) == alone(request, seed_of)
+    went_on = collector.tokens("merges")["", 1][num_drawn:]
+    assert collector.tokens("plain")["", 0] != went_on[:9]
+
+
 # ------------------------------------------------------------------------------ the engine's part
 
 PARAMS = SequenceParams(SamplingParams(), seed=0)
