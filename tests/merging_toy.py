@@ -1,23 +1,21 @@
 """A toy engine whose KV knows what it was computed from, and what a request decodes on it alone.
 
-The KV of a token is a hash of the token, its position and the KV of all that it saw. So a position,
-a mask or a copy that is wrong anywhere changes what is drawn.
+The KV of a token is a hash of the token, its position and the sum of the KV of all that it saw. So
+a position, a mask or a copy that is wrong anywhere changes what is drawn.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Container, Sequence
 
-import numpy as np
 from toy_engine import ToyEngine, next_token
 
 from taper_trtllm.request import ForkJoinRequest, SerialStage
 from taper_trtllm.token_spans import cut
 
 
-def kv_of(token: int, position: int, seen: Sequence[int]) -> int:
-    return zlib.crc32(np.asarray([token, position, *seen], dtype=np.int64).tobytes())
+def kv_of(token: int, position: int, seen: int) -> int:
+    return hash((token, position, seen))
 
 
 class MergingEngine(ToyEngine):
@@ -33,7 +31,7 @@ class MergingEngine(ToyEngine):
         for first, last, span in cut(sequence.spans, start, start + num_tokens):
             hidden = {i for begin, end in span.hidden for i in range(begin, end)}
             for index in range(first, last):
-                seen = [self._kv(sequence, i) for i in range(index) if i not in hidden]
+                seen = sum(self._kv(sequence, i) for i in range(index) if i not in hidden)
                 kv = kv_of(sequence.tokens[index], index - span.shift, seen)
                 self._content[self._slot(sequence, index)] = kv
         self.num_computed += num_tokens
@@ -56,9 +54,10 @@ class Context:
         self.kv, self.position = [*kv], position
 
     def then(self, tokens: Sequence[int]) -> Context:
-        kv = [*self.kv]
+        kv, seen = [*self.kv], sum(self.kv)
         for index, token in enumerate(tokens):
-            kv.append(kv_of(token, self.position + index, kv))
+            kv.append(kv_of(token, self.position + index, seen))
+            seen += kv[-1]
         return Context(kv, self.position + len(tokens))
 
     def merged(self, branches: Sequence[Context]) -> Context:

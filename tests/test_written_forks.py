@@ -389,7 +389,8 @@ class TalkingDecoder(trtllm.ToyDecoder):
 
     def step(self, step):
         output = super().step(step)
-        return StepOutput([speak(r.text.tokens) for r in step.drawing], output.duration_s)
+        drawn = [speak(Context().then(r.text.tokens).kv[-1]) for r in step.drawing]
+        return StepOutput(drawn, output.duration_s)
 
 
 @pytest.fixture(scope="module")
@@ -411,7 +412,7 @@ def make_lease_talker(engine, policy: str, form: ForkFormat, **scheduler) -> Tap
 def test_places_end_at_tags(path, drawn, name, policy, mode, lease_tokens, spare, fraction):
     """Engines that draw several tokens at a time stop where the model forks, and nowhere else."""
     form = FORMATS[name]
-    batch = trtllm.greedy([talk for talk, _ in drawn])
+    batch = trtllm.greedy([talk.model_copy(update={"join_mode": "concat"}) for talk, _ in drawn])
     depth = form.limits.max_depth
     footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, 4, depth) for r in batch)
     engine = trtllm.make_engine(
