@@ -16,14 +16,16 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from programs import requests
-from test_executor import SPECS, seed_of
+from reference_attention import ReferenceAttention
+from test_executor import seed_of
 from test_kv_merge import merging
-from test_torch_engine import CONFIG, oracle  # noqa: F401
+from test_torch_engine import CONFIG, oracle
 from toy_engine import toy_profile
 from transformers import Qwen3ForCausalLM
 
 from taper_trtllm.config import SchedulerConfig
-from taper_trtllm.engines import create_engine, torch_engine
+from taper_trtllm.engines import bucket_batch, cascade_attention
+from taper_trtllm.engines.torch_engine import TorchEngine
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.output import RequestOutput
@@ -35,6 +37,8 @@ from taper_trtllm.request import (
     SerialStage,
     SloTarget,
 )
+
+__all__ = ["oracle"]
 
 TOLERANCE = 1e-4  # of logits of about 1 to 10, fp32
 
@@ -94,9 +98,26 @@ class TrainingText:
             ).logits[0]
 
 
-def run(batch: list[ForkJoinRequest], policy: str, num_kv_blocks: int, **scheduler):
+KINDS = ["flat", "flat, shared prefixes", "fixed shapes", "fixed shapes, shared prefixes"]
+"""Ways in which the engine computes a step; on a GPU it has fixed shapes."""
+
+
+def make_engine(kind: str, num_kv_blocks: int) -> TorchEngine:
+    shares = kind.endswith("shared prefixes")
+    update = {"num_kv_blocks": num_kv_blocks, "prefix_sharing_attention": shares}
+    attention = ReferenceAttention() if kind.startswith("fixed") else None
+    return TorchEngine(CONFIG.model_copy(update=update), attention)
+
+
+@pytest.fixture(autouse=True)
+def share_short_prefixes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (cascade_attention, bucket_batch):
+        monkeypatch.setattr(module, "_MIN_SAVED_TOKENS", 0)
+
+
+def run(engine: TorchEngine, batch: list[ForkJoinRequest], policy: str, **scheduler):
     """Tokens by request, logits of every draw by seed, and the final metrics."""
-    engine = create_engine(CONFIG.model_copy(update={"num_kv_blocks": num_kv_blocks}))
+    num_kv_blocks = engine.num_free_blocks
     config = SchedulerConfig(
         policy=policy, **{"max_batch_size": 64, "max_prefill_tokens": 8, **scheduler}
     )
@@ -114,20 +135,17 @@ def run(batch: list[ForkJoinRequest], policy: str, num_kv_blocks: int, **schedul
             metrics[output.request_id] = output.metrics
 
     logits: dict[int, list[torch.Tensor]] = defaultdict(list)
-    draw = torch_engine.draw_tokens
 
-    def draw_and_keep(rows, params, positions):
-        for row, param in zip(rows, params, strict=True):
-            logits[param.seed].append(row)
-        return draw(rows, params, positions)
+    def keep(sequence_ids, rows) -> None:
+        for sequence_id, row in zip(sequence_ids, rows, strict=True):
+            logits[engine._sequences[sequence_id].params.seed].append(row.clone())
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_engine, "draw_tokens", draw_and_keep)
-        for request in batch:
-            executor.submit(request, take)
-        while executor.num_open_requests:
-            executor.run_once()
-            engine.check_integrity()
+    engine.on_logits = keep
+    for request in batch:
+        executor.submit(request, take)
+    while executor.num_open_requests:
+        executor.run_once()
+        engine.check_integrity()
     assert engine.num_free_blocks == num_kv_blocks
     return drawn, logits, metrics
 
@@ -188,21 +206,23 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("policy", ["irp-off", "irp-eager", "taper"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["irp-off", "irp-eager"])
 @pytest.mark.parametrize("name", CASES)
-def test_merged_kv_equals_a_dense_forward_with_the_training_mask(oracle, name, policy):  # noqa: F811
+def test_merged_kv_equals_a_dense_forward_with_the_training_mask(oracle, name, policy, kind):
     request = CASES[name]
-    drawn, logits, metrics = run([request], policy, 512, prefill_chunking="full")
+    drawn, logits, metrics = run(make_engine(kind, 512), [request], policy, prefill_chunking="full")
     check(oracle, request, drawn["r0"], logits)
     assert metrics["r0"].num_recomputed_tokens == 0  # no branch was computed again for its join
     forks = [s for s in request.stages if isinstance(s, ParallelStage)]
     assert metrics["r0"].num_joined_tokens < 4 * (len(forks) + 2)  # join texts alone
 
 
-@pytest.mark.parametrize("policy", SPECS[:4])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("policy", ["irp-eager", "taper"])
 @settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.generate,))
 @given(drawn=st.lists(requests(2), min_size=1, max_size=3), spare=st.integers(0, 12))
-def test_programs_in_little_memory_equal_a_dense_forward(oracle, policy, drawn, spare):  # noqa: F811
+def test_programs_in_little_memory_equal_a_dense_forward(oracle, policy, kind, drawn, spare):
     """Branches and merged sequences that are dropped are computed again as they were."""
     batch = [
         r.model_copy(
@@ -211,6 +231,8 @@ def test_programs_in_little_memory_equal_a_dense_forward(oracle, policy, drawn, 
         for i, r in enumerate(merging(drawn, ["kv_merge"]))
     ]
     footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, 4) for r in batch)
-    streamed, logits, _ = run(batch, policy, footprint + spare, kv_reserve_fraction=0.4)
+    streamed, logits, _ = run(
+        make_engine(kind, footprint + spare), batch, policy, kv_reserve_fraction=0.4
+    )
     for request in batch:
         check(oracle, request, streamed[request.request_id], logits)
