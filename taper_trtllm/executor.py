@@ -296,7 +296,7 @@ class TaperExecutor:
             self._start_waiting(now_s)
             for request in self._running:
                 if request.family in self._sequences.changed:
-                    request.fork_where_ready(self._sequences)
+                    request.fork_and_close_where_ready(self._sequences)
             planned = self._planner.plan(self._running, now_s)
             if not planned.plan.is_empty or not planned.num_preempted:
                 return planned

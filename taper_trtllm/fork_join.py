@@ -5,6 +5,9 @@ its own program. A branch is a *leaf* while it decodes a serial stage. At a para
 children and waits; when all are done their texts are joined, in order, into its own text, and it
 goes on. The caller owns the engine and executes what the machine says (`JoinEvent`, ...).
 
+Where joins merge KV (`ForkJoinRequest.join_mode`), an ended branch remains a leaf until all its
+tokens have KV: the last one was only drawn.
+
 The client declares the stages, or the model writes them while it decodes (`written_forks.py`): then
 the serial stage in which it wrote a fork ends there, and a parallel and a serial one follow.
 """
@@ -25,6 +28,7 @@ from taper_trtllm.request import (
     max_new_tokens,
 )
 from taper_trtllm.tag_scanner import Sighting
+from taper_trtllm.token_spans import Spans, merged
 from taper_trtllm.written_forks import WrittenBranch, WrittenForks
 
 
@@ -34,6 +38,7 @@ class BranchStatus(Enum):
     DECODING = auto()  # a leaf: in a serial stage
     FORKING = auto()  # at a parallel stage whose children are not forked yet
     WAITING = auto()  # its children run
+    CLOSING = auto()  # ended; its last tokens have no KV yet, and the join takes it as it is
     DONE = auto()
 
 
@@ -53,6 +58,7 @@ class BranchNode:
         stage_end: Length of `tokens` at which the current serial stage is full; 0 in no such stage.
         num_given: Of `tokens`, those that nobody decoded: headers and join texts.
         num_off_path: Of `tokens`, those that are not on its longest path of decoded ones.
+        spans: Where the tokens of its sequence stand, and what they see.
         children: Of the running parallel stage.
         status: What it is doing.
         is_cancelled: The client does not want it any more: the join goes on without it.
@@ -69,6 +75,7 @@ class BranchNode:
     stage_end: int = 0
     num_given: int = 0
     num_off_path: int = 0
+    spans: Spans = ()
     children: tuple[BranchNode, ...] = ()
     status: BranchStatus = BranchStatus.DECODING
     is_cancelled: bool = False
@@ -109,7 +116,7 @@ class BranchNode:
 
     @property
     def is_taken_over(self) -> bool:
-        """The join goes on in its sequence: its tokens follow its parent's."""
+        """A join that computes texts anew goes on in its sequence: it follows its parent's."""
         return self.index == 0 and not self.is_cancelled and not self.has_end_token
 
     @property
@@ -146,6 +153,21 @@ class DoneEvent:
 
 
 @dataclass(frozen=True, slots=True)
+class CloseEvent:
+    """The KV of a branch that ended will be merged: all its tokens need some.
+
+    Attributes:
+        node: The branch.
+        num_dropped: Of its tokens, those at its end that the join leaves out.
+        suffix_ids: The text that it is given to end with.
+    """
+
+    node: BranchNode
+    num_dropped: int
+    suffix_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class JoinEvent:
     """All children of `node` ended.
 
@@ -153,6 +175,7 @@ class JoinEvent:
         node: Who goes on.
         stage_index: The parallel stage that ended.
         first_child: Whose sequence the node goes on in; None if it goes on in its own.
+        merged: Children whose KV the node goes on behind, in order.
         suffix_ids: What it then has to compute: the other texts and the join text.
         join_ids: The join text, the last of them.
     """
@@ -160,11 +183,12 @@ class JoinEvent:
     node: BranchNode
     stage_index: int
     first_child: BranchNode | None
+    merged: tuple[BranchNode, ...]
     suffix_ids: tuple[int, ...]
     join_ids: tuple[int, ...]
 
 
-Event = TokenEvent | RefusedForkEvent | DoneEvent | JoinEvent
+Event = TokenEvent | RefusedForkEvent | DoneEvent | CloseEvent | JoinEvent
 
 
 class ForkJoinState:
@@ -176,7 +200,7 @@ class ForkJoinState:
 
     Attributes:
         root: The request itself.
-        leaves: Branches that decode or are about to fork, in program order.
+        leaves: Branches that decode, are about to fork or close, in program order.
         is_finished: The program came to its end.
         num_output_tokens: Tokens decoded so far.
         num_remaining_serial_tokens: Most tokens that serial stages of the root may still decode, as
@@ -189,6 +213,7 @@ class ForkJoinState:
         self._stop_ids = request.sampling.stop_ids
         self._end_ids = request.sampling.end_ids
         self._written = written
+        self._merges = request.join_mode == "kv_merge"
         root = None if written is None else written.root()
         self.root = BranchNode("", None, 0, program, len(request.input_ids), root)
         self.leaves: list[BranchNode] = [self.root]
@@ -223,6 +248,7 @@ class ForkJoinState:
                 tokens=list(branch.header_ids),
                 num_given=len(branch.header_ids),
                 num_off_path=len(branch.header_ids),
+                spans=node.spans,
             )
             for index, branch in enumerate(node.stage.branches)
         )
@@ -235,10 +261,11 @@ class ForkJoinState:
         return node.children
 
     def find(self, path: str) -> BranchNode | None:
-        """The live branch of a path."""
+        """The branch of a path; None once it is joined or cancelled."""
         node = self.root
         while node.path != path:
-            below = [c for c in node.children if f"{path}.".startswith(f"{c.path}.")]
+            children = [child for child in node.children if not child.is_cancelled]
+            below = [c for c in children if f"{path}.".startswith(f"{c.path}.")]
             if not below:
                 return None
             node = below[0]
@@ -353,15 +380,47 @@ class ForkJoinState:
             self.num_remaining_serial_tokens = _num_serial_tokens(ahead)
 
     def _end(self, node: BranchNode, reason: FinishReason, events: list[Event]) -> None:
-        node.status = BranchStatus.DONE
         node.stage_end = 0
+        if node.parent is not None:
+            events.append(DoneEvent(node, reason))
+            if self._merges and _is_read_on(node):
+                events.append(self._begin_closing(node))
+                return
+        node.status = BranchStatus.DONE
         self.leaves.remove(node)
-        if node.parent is None:
-            self.is_finished = True
-            self._num_output_bound = self.num_output_tokens
+        if node.parent is not None:
+            self._join_if_due(node.parent, events)
             return
-        events.append(DoneEvent(node, reason))
+        self.is_finished = True
+        self._num_output_bound = self.num_output_tokens
+
+    def _begin_closing(self, node: BranchNode) -> CloseEvent:
+        num_generated, num_critical = node.num_generated, node.num_critical
+        num_dropped = 0
+        suffix_ids: tuple[int, ...] = ()
+        if self._written is not None and node.written is not None:
+            num_dropped = int(node.written.has_end_token)
+            node.written.has_end_token = False
+            suffix_ids = self._written.closing_ids(node.written)
+        node.tokens[len(node.tokens) - num_dropped :] = suffix_ids
+        node.num_given = len(node.tokens) - num_generated + num_dropped
+        node.num_off_path = len(node.tokens) - num_critical
+        node.status = BranchStatus.CLOSING
+        return CloseEvent(node, num_dropped, suffix_ids)
+
+    def close(self, node: BranchNode) -> Sequence[Event]:
+        """All tokens of a closing branch have KV.
+
+        Returns:
+            What follows: the join, if it was the last.
+        """
+        if node.status is not BranchStatus.CLOSING or node.parent is None:
+            raise ValueError(f"branch {node.path!r} is not closing")
+        node.status = BranchStatus.DONE
+        self.leaves.remove(node)
+        events: list[Event] = []
         self._join_if_due(node.parent, events)
+        return events
 
     def _join_if_due(self, node: BranchNode, events: list[Event]) -> None:
         if all(child.status is BranchStatus.DONE for child in node.children):
@@ -370,21 +429,37 @@ class ForkJoinState:
     def _join(self, node: BranchNode, events: list[Event]) -> None:
         """All children are done: their texts become the node's own, in order."""
         children = [child for child in node.children if not child.is_cancelled]
-        first = node.children[0] if node.children[0].is_taken_over else None
-        suffix, join_ids = self._suffix(node, children, first)
-        stage_index = node.stage_index
+        event = self._merge(node, children) if self._merges else self._concat(node, children)
         num_critical = node.num_critical + max((c.num_critical for c in children), default=0)
         num_generated = node.num_generated + sum(
             child.num_generated - child.has_end_token for child in children
         )
-        node.tokens.extend(first.tokens if first is not None else ())
-        node.tokens.extend(suffix)
+        taken_over = event.merged if event.first_child is None else (event.first_child,)
+        node.tokens.extend(token for child in taken_over for token in child.tokens)
+        node.tokens.extend(event.suffix_ids)
         node.num_given = len(node.tokens) - num_generated
         node.num_off_path = len(node.tokens) - num_critical
         node.children = ()
-        events.append(JoinEvent(node, stage_index, first, tuple(suffix), join_ids))
+        events.append(event)
         self._insert_leaf(node)
         self._next_stage(node, "completed", events)
+
+    def _merge(self, node: BranchNode, children: Sequence[BranchNode]) -> JoinEvent:
+        """The children stand behind the node as they are."""
+        assert isinstance(node.stage, ParallelStage)
+        join_ids = node.stage.join_ids
+        if self._written is not None and node.written is not None:
+            join_ids = self._written.merge(node.written)
+        if children:
+            branches = [(child.spans, child.num_context_tokens) for child in children]
+            node.spans = merged(node.spans, node.num_context_tokens, branches)
+        return JoinEvent(node, node.stage_index, None, tuple(children), join_ids, join_ids)
+
+    def _concat(self, node: BranchNode, children: Sequence[BranchNode]) -> JoinEvent:
+        """The first child goes on; the texts of the others follow."""
+        first = node.children[0] if node.children[0].is_taken_over else None
+        suffix, join_ids = self._suffix(node, children, first)
+        return JoinEvent(node, node.stage_index, first, (), tuple(suffix), join_ids)
 
     def _suffix(
         self, node: BranchNode, children: Sequence[BranchNode], first: BranchNode | None
@@ -420,7 +495,7 @@ class ForkJoinState:
             ValueError: The program does not allow it.
         """
         node = self.find(path)
-        if node is None or node.is_cancelled:
+        if node is None:
             return ()
         parent = node.parent
         if parent is None or not _allows_cancel(parent.stage):
@@ -453,6 +528,14 @@ def _num_tokens_ahead(node: BranchNode) -> int:
         rest = node.program[node.stage_index :]
     left = node.num_stage_tokens_left if node.status is BranchStatus.DECODING else 0
     return left + max_new_tokens(rest)
+
+
+def _is_read_on(node: BranchNode) -> bool:
+    """Something is decoded behind the join that takes its text."""
+    parent = node.parent
+    return parent is not None and (
+        parent.stage_index + 1 < len(parent.program) or _is_read_on(parent)
+    )
 
 
 def _subtree(node: BranchNode) -> Iterator[BranchNode]:

@@ -3,7 +3,7 @@
 Every running request has a reservation: its worst-case *serial* footprint. Over all requests,
 sum(max(reserved, held)) never exceeds the pool, so a request below its reservation always finds a
 free block, and one above it can come back below by dropping its own extras. Hence the protected
-baseline always runs and nothing deadlocks.
+baseline always runs and nothing deadlocks. Ended branches that wait to be merged are extras, too.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import compress
+from itertools import compress, takewhile
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from taper_trtllm.engines.base import SequenceParams
 from taper_trtllm.fork_join import (
     BranchNode,
     BranchStatus,
+    CloseEvent,
     DoneEvent,
     Event,
     ForkJoinState,
@@ -92,6 +93,7 @@ class LiveRequest:
         self.protected: LiveSequence | None = None
         self._max_width = max_width
         self._written = written
+        self._merges = request.join_mode == "kv_merge"
         self._num_prompt_tokens = 0
         self._sequences: dict[BranchNode, LiveSequence] = {}
         self._unforked: list[BranchNode] = []  # waiting branches whose children were dropped
@@ -135,19 +137,29 @@ class LiveRequest:
         if root.status is BranchStatus.WAITING:
             self._unforked.append(root)
 
-    def fork_where_ready(self, sequences: SequenceTable) -> None:
-        """Forks every branch whose prefix is computed; nested forks follow at once."""
+    def fork_and_close_where_ready(self, sequences: SequenceTable) -> None:
+        """Forks and closes every branch whose tokens are computed; what follows, at once."""
         progress = True
         while progress:
             progress = False
-            for node in [*self._unforked, *self._forking()]:
+            for node in [*self._unforked, *self._leaves(BranchStatus.FORKING)]:
                 sequence = self._sequences.get(node)
                 if sequence and sequences.num_computed(sequence) >= node.num_fork_tokens:
                     self._fork(sequences, node)
                     progress = True
+            for node in self._leaves(BranchStatus.CLOSING):
+                sequence = self._sequences.get(node)
+                if sequence and sequences.num_pending(sequence) == 0:
+                    self._close(sequences, node)
+                    progress = True
 
-    def _forking(self) -> list[BranchNode]:
-        return [leaf for leaf in self.state.leaves if leaf.status is BranchStatus.FORKING]
+    def _leaves(self, status: BranchStatus) -> list[BranchNode]:
+        return [leaf for leaf in self.state.leaves if leaf.status is status]
+
+    def _close(self, sequences: SequenceTable, node: BranchNode) -> None:
+        since_s = self.tracker.last_token_s  # a join that follows was waited for since then
+        assert since_s is not None
+        self._events += self._carry_out(sequences, self.state.close(node), since_s)
 
     def _fork(self, sequences: SequenceTable, node: BranchNode) -> None:
         shared = node.num_fork_tokens
@@ -208,7 +220,9 @@ class LiveRequest:
 
     def _needs(self, sequences: SequenceTable) -> Iterator[PrefillNeed]:
         seen: set[BranchNode] = set()
-        for leaf in self.state.leaves[: self._max_width]:
+        closing = self._leaves(BranchStatus.CLOSING)
+        running = [leaf for leaf in self.state.leaves if leaf.status is not BranchStatus.CLOSING]
+        for leaf in [*closing, *running[: self._max_width]]:
             node = leaf
             while node not in self._sequences:  # dropped: its parent must be forked again first
                 assert node.parent is not None
@@ -222,6 +236,8 @@ class LiveRequest:
         num_computed = sequences.num_computed(sequence)
         if node.status is BranchStatus.DECODING:
             missing, least, sample = sequences.num_pending(sequence), 2, True
+        elif node.status is BranchStatus.CLOSING:
+            missing, least, sample = sequences.num_pending(sequence), 1, False
         else:
             missing, least, sample = node.num_fork_tokens - num_computed, 1, False
         if missing >= least:
@@ -336,35 +352,76 @@ class LiveRequest:
                 continue
             if isinstance(event, JoinEvent):
                 self._join(sequences, event, now_s)
-            elif isinstance(event, DoneEvent) and not event.node.is_taken_over:
+            elif isinstance(event, DoneEvent) and not self._is_kept(event.node):
                 self._forget(sequences, event.node)
+            elif isinstance(event, CloseEvent):
+                self._begin_closing(sequences, event)
+                continue
             if tells_all:
                 yield _event_output(event)
 
+    def _is_kept(self, node: BranchNode) -> bool:
+        """The join takes its KV over."""
+        return node.status is BranchStatus.CLOSING if self._merges else node.is_taken_over
+
+    def _begin_closing(self, sequences: SequenceTable, event: CloseEvent) -> None:
+        sequence = self._sequences.get(event.node)
+        if sequence is not None and (event.num_dropped or event.suffix_ids):
+            sequences.end(sequence, event.num_dropped, event.suffix_ids)
+
     def _join(self, sequences: SequenceTable, event: JoinEvent, now_s: float) -> None:
         self.stage_width = 0
-        node, first, suffix_ids = event.node, event.first_child, event.suffix_ids
+        node = event.node
         if node in self._unforked:  # its children were dropped, and are not needed any more
             self._unforked.remove(node)
-        child = None if first is None else self._sequences.pop(first, None)
+        taken_over = event.merged if event.first_child is None else (event.first_child,)
+        children = [self._sequences.pop(child, None) for child in taken_over]
         parent = self._sequences.get(node)
         is_over = node.status is BranchStatus.DONE and (
-            node.parent is None or not node.is_taken_over
+            node.parent is None or not self._is_kept(node)
         )
         if (
             parent is None or is_over
         ):  # nothing follows in this sequence: nothing is computed for it
-            if child is not None:
+            for child in filter(None, children):
                 sequences.release(child)
             return
-        if child is not None:
-            sequences.join(parent, child, suffix_ids)
+        if self._merges:
+            self._merge(sequences, parent, children, event)
         else:
-            text = suffix_ids if first is None else (*first.tokens, *suffix_ids)
-            sequences.extend(parent, text, self._params(node))
-        self._num_joined_tokens += len(suffix_ids)
+            self._concat(sequences, parent, children, event)
+        self._num_joined_tokens += len(event.suffix_ids)
         if node is self.state.root:
             self._join_began_s = now_s
+
+    def _concat(
+        self,
+        sequences: SequenceTable,
+        parent: LiveSequence,
+        children: Sequence[LiveSequence | None],
+        event: JoinEvent,
+    ) -> None:
+        """Goes on in the first child's sequence; the other texts are computed behind it."""
+        if children and children[0] is not None:
+            sequences.join(parent, children[0], event.suffix_ids)
+            return
+        first = () if event.first_child is None else event.first_child.tokens
+        sequences.extend(parent, (*first, *event.suffix_ids), self._params(event.node))
+
+    def _merge(
+        self,
+        sequences: SequenceTable,
+        parent: LiveSequence,
+        children: Sequence[LiveSequence | None],
+        event: JoinEvent,
+    ) -> None:
+        """Goes on behind the children's KV, as far as it is there: some may have been dropped."""
+        kept = [child for child in takewhile(bool, children) if child is not None]
+        for child in children[len(kept) :]:
+            if child is not None:
+                sequences.release(child)
+        rest = [token for child in event.merged[len(kept) :] for token in child.tokens]
+        sequences.merge(parent, kept, (*rest, *event.suffix_ids))
 
     # ------------------------------------------------------------------------- accounting
 
@@ -393,7 +450,7 @@ class LiveRequest:
 
     def metrics(self, epoch_s: float) -> RequestMetrics:
         """The final accounting; `epoch_s` turns the monotonic clock into wall-clock time."""
-        tracker, written = self.tracker, self._written
+        tracker, written, join_mode = self.tracker, self._written, self.request.join_mode
         met = self.state.is_finished and tracker.is_met(self.state.root.num_critical)
 
         def wall_ns(time_s: float | None) -> int | None:
@@ -417,13 +474,13 @@ class LiveRequest:
             num_joined_tokens=self._num_joined_tokens,
             num_deferred_branch_steps=self._num_deferred,
             mean_width=self._num_advanced / max(1, self._num_decode_steps),
-            join_mode="concat",
-            join_is_as_trained=None if written is None else written.is_trained_with("concat"),
+            join_mode=join_mode,
+            join_is_as_trained=None if written is None else written.is_trained_with(join_mode),
             slo_met=met,
         )
 
 
-def _event_output(event: Event) -> BranchOutput:
+def _event_output(event: RefusedForkEvent | DoneEvent | JoinEvent) -> BranchOutput:
     """What a client is told of an event that is no tokens."""
     path = event.node.path
     if isinstance(event, JoinEvent):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from taper_trtllm.request import JoinMode
+
 FinishReason = Literal["stop", "length", "fork", "completed", "cancelled", "error"]
 
 
@@ -72,10 +74,11 @@ class RequestMetrics:
         num_reused_tokens: Prefix tokens that branches took over by reference instead of computing.
         num_reused_blocks: KV blocks that branches share by reference, summed over branches.
         num_recomputed_tokens: Tokens computed again after a preemption.
-        num_joined_tokens: Branch texts prefilled at their new position at joins.
+        num_joined_tokens: Tokens prefilled at joins: branch texts at their new position, unless
+            their KV was merged, and join texts.
         num_deferred_branch_steps: Ready branches left out of a step, summed over steps.
         mean_width: Branches advanced per decode step of the request.
-        join_mode: How joins are made: ``concat`` prefills the texts behind each other.
+        join_mode: How joins were made (`ForkJoinRequest.join_mode`).
         join_is_as_trained: Whether models of the request's fork format were trained with such
             joins; None without a format.
         slo_met: Whether it completed and met its objective.
@@ -98,7 +101,7 @@ class RequestMetrics:
     num_joined_tokens: int
     num_deferred_branch_steps: int
     mean_width: float
-    join_mode: Literal["concat", "kv_merge"]
+    join_mode: JoinMode
     join_is_as_trained: bool | None
     slo_met: bool
 

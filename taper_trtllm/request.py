@@ -25,6 +25,7 @@ MAX_DEPTH = 3
 MAX_FAN_OUT = 256
 MAX_STOP_TOKEN_IDS = 256
 
+JoinMode = Literal["concat", "kv_merge"]
 TokenId = Annotated[StrictInt, Field(ge=0)]
 TokenIds = tuple[TokenId, ...]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -148,6 +149,11 @@ class ForkJoinRequest(_Model):
     With `fork_format` the model writes the forks itself (`fork_format.py`); then `max_tokens` is
     all that may be appended to the prompt, headers and join texts included. `events` asks for
     outputs that tell of forks and joins, too.
+
+    `join_mode` says how branches become context. ``concat``: their texts are computed again, one
+    behind the other. ``kv_merge``: their KV is taken as it is, computed without the siblings and at
+    overlapping positions, and what follows stands behind the longest; that is how models of the
+    formats ``multiverse`` and ``npr`` were trained.
     """
 
     request_id: Annotated[StrictStr, Field(min_length=1, max_length=256)]
@@ -159,6 +165,7 @@ class ForkJoinRequest(_Model):
     cache_salt_id: Annotated[StrictInt, Field(ge=0, lt=2**63)] | None = None
     fork_format: StrictStr | None = None
     events: StrictBool = False
+    join_mode: JoinMode = "concat"
 
     @property
     def program(self) -> tuple[Stage, ...]:
@@ -284,6 +291,8 @@ def check_request(request: ForkJoinRequest, limits: RequestLimits, vocab_size: i
     check_limit(
         "stages" if request.stages else "max_tokens", total, limits.max_total_tokens, "total tokens"
     )
+    if request.join_mode == "kv_merge":
+        _check_join_ids(program, "stages")
     _check_ids("input_ids", request.input_ids, vocab_size)
     _check_stage_ids(program, vocab_size, "stages")
     _check_ids("stop_token_ids", request.sampling.stop_token_ids, vocab_size)
@@ -309,6 +318,17 @@ def _check_fan_out(
             check_limit(f"{at}[{i}].branches", len(stage.branches), max_fan_out, "branches")
             for j, branch in enumerate(stage.branches):
                 _check_fan_out(branch.program, max_fan_out, f"{at}[{i}].branches[{j}].stages")
+
+
+def _check_join_ids(program: Sequence[SerialStage | ParallelStage], at: str) -> None:
+    """The first token behind merged branches is drawn from one that sees them all."""
+    for i, stage in enumerate(program):
+        if isinstance(stage, SerialStage):
+            continue
+        if not stage.join_ids:
+            raise RequestError(f"{at}[{i}].join_ids", "required with join_mode 'kv_merge'")
+        for j, branch in enumerate(stage.branches):
+            _check_join_ids(branch.program, f"{at}[{i}].branches[{j}].stages")
 
 
 def _check_stage_ids(

@@ -25,10 +25,12 @@ class FormatTerms:
 
     Attributes:
         max_depth: How deep the model may nest its forks.
+        has_join_text: The model goes on behind a text of the format's; KV cannot be merged without.
         refusal: Why the format cannot be served; None if it can.
     """
 
     max_depth: int
+    has_join_text: bool = True
     refusal: str | None = None
 
     @classmethod
@@ -45,7 +47,8 @@ class FormatTerms:
                 "its tags are not single tokens of this model, and the engine draws several tokens "
                 "before anyone can look at them"
             )
-        return cls(min(bound.format.limits.max_depth, limits.max_depth), refusal)
+        max_depth = min(bound.format.limits.max_depth, limits.max_depth)
+        return cls(max_depth, bool(bound.format.join_text), refusal)
 
 
 class RequestGate:
@@ -80,6 +83,9 @@ class RequestGate:
         """
         self._check_open()
         check_request(request, self._limits, self._capabilities.vocab_size)
+        if request.join_mode == "kv_merge" and not self._capabilities.kv_merge:
+            name = self._capabilities.name
+            raise RequestError("join_mode", f"'kv_merge' is not supported by engine {name!r}")
         footprint = serial_footprint_blocks(
             len(request.input_ids),
             request.program,
@@ -100,6 +106,8 @@ class RequestGate:
             raise RequestError("fork_format", f"{name!r} {reason}")
         if terms.refusal is not None:
             raise RequestError("fork_format", f"{name!r} cannot be served: {terms.refusal}")
+        if request.join_mode == "kv_merge" and not terms.has_join_text:
+            raise RequestError("join_mode", f"'kv_merge' needs a join text, {name!r} has none")
         return terms.max_depth
 
     def enter(self, request_id: str) -> None:

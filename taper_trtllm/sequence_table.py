@@ -16,7 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from taper_trtllm.batch import IntArray
-from taper_trtllm.engines.base import Engine, SequenceId, SequenceParams, StepPlan, StepResult
+from taper_trtllm.engines.base import (
+    Engine,
+    SequenceId,
+    SequenceParams,
+    SequencePiece,
+    StepPlan,
+    StepResult,
+)
 from taper_trtllm.fork_join import BranchNode, BranchStatus
 
 Rows = npt.NDArray[np.void]
@@ -95,7 +102,10 @@ class SequenceTable:
         """See `Engine.add_sequence`."""
         sequence_id = next(self._ids)
         self._engine.add_sequence(sequence_id, family, token_ids, params)
-        return self._enter(LiveSequence(sequence_id, family, node, 0, self._take_row()))
+        sequence = LiveSequence(sequence_id, family, node, 0, self._take_row())
+        if node.spans:
+            self._assemble(sequence, (), 0, ())
+        return self._enter(sequence)
 
     def fork(
         self, parent: LiveSequence, node: BranchNode, num_shared: int, params: SequenceParams
@@ -103,9 +113,10 @@ class SequenceTable:
         """A child for a branch that begins with its tokens; see `Engine.fork_sequence`."""
         sequence_id = next(self._ids)
         self._engine.fork_sequence(parent.sequence_id, sequence_id, num_shared, node.tokens, params)
-        return self._enter(
-            LiveSequence(sequence_id, parent.family, node, num_shared, self._take_row())
-        )
+        sequence = LiveSequence(sequence_id, parent.family, node, num_shared, self._take_row())
+        if node.spans != parent.node.spans:
+            self._assemble(sequence, (), 0, ())
+        return self._enter(sequence)
 
     def join(self, parent: LiveSequence, child: LiveSequence, suffix_ids: Sequence[int]) -> None:
         """The parent takes over the child's row in history; see `Engine.join_sequence`."""
@@ -113,6 +124,39 @@ class SequenceTable:
         self._leave(child)
         self._rows["last_advanced"][parent.row] = self.step  # it has no claim to go first
         self.touch(parent)
+
+    def merge(
+        self, parent: LiveSequence, children: Sequence[LiveSequence], suffix_ids: Sequence[int]
+    ) -> None:
+        """The parent goes on behind the KV of its children, side by side."""
+        self._assemble(parent, children, 0, suffix_ids)
+        for child in children:
+            self._leave(child)
+        self._rows["last_advanced"][parent.row] = self.step
+        self.touch(parent)
+
+    def end(self, sequence: LiveSequence, num_dropped: int, suffix_ids: Sequence[int]) -> None:
+        """Leaves out pending tokens at the end, and puts others there."""
+        self._assemble(sequence, (), num_dropped, suffix_ids)
+        self.touch(sequence)
+
+    def _assemble(
+        self,
+        sequence: LiveSequence,
+        children: Sequence[LiveSequence],
+        num_dropped: int,
+        suffix_ids: Sequence[int],
+    ) -> None:
+        """The first of the children has the sequence's own tokens; without any, it keeps them."""
+        num_tokens = self.num_tokens(sequence)
+        pieces = [
+            SequencePiece(child.sequence_id, num_tokens if index else 0, self.num_tokens(child))
+            for index, child in enumerate(children)
+        ]
+        own = SequencePiece(sequence.sequence_id, 0, num_tokens - num_dropped)
+        self._engine.assemble_sequence(
+            sequence.sequence_id, pieces or [own], suffix_ids, sequence.node.spans
+        )
 
     def extend(
         self, sequence: LiveSequence, suffix_ids: Sequence[int], params: SequenceParams

@@ -53,6 +53,7 @@ INPUT_NAMES = (
     "cache_salt_id",
     "fork_format",
     "events",
+    "join_mode",
     "cancel_request_id",
     "cancel_branch_paths",
     *_SAMPLING_FIELDS,
@@ -132,8 +133,9 @@ def decode_request(
         "cache_salt_id": _scalar(tensors, "cache_salt_id"),
         "fork_format": _scalar(tensors, "fork_format"),
     }
-    if "events" in tensors:
-        fields["events"] = _scalar(tensors, "events")
+    for name in ("events", "join_mode"):
+        if name in tensors:
+            fields[name] = _scalar(tensors, name)
     stages = _scalar(tensors, "stages")
     if stages is not None:
         fields["stages"] = parse_stages(stages)

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from taper_trtllm.fork_format import BoundForkFormat, Refusal, choose_branches
-from taper_trtllm.request import Branch, ParallelStage, RequestLimits, SerialStage
+from taper_trtllm.request import (
+    Branch,
+    JoinMode,
+    ParallelStage,
+    RequestLimits,
+    SerialStage,
+)
 from taper_trtllm.tag_scanner import Sighting, TagScanner
 
 
@@ -109,7 +114,7 @@ class WrittenForks:
         """Token ids that can end a stage; none where tags are text."""
         return self._bound.tag_ids or frozenset()
 
-    def is_trained_with(self, join_mode: Literal["concat", "kv_merge"]) -> bool:
+    def is_trained_with(self, join_mode: JoinMode) -> bool:
         """Whether models of this format were trained with such joins."""
         return self._bound.format.trained_join == join_mode
 
@@ -202,12 +207,22 @@ class WrittenForks:
                 suffix += bound.branch_header_ids(child.outline_id, tail)
             if index > 0 or not takes_first:
                 suffix += text
-            if not child.is_closed:
-                suffix += bound.forced_close_ids()
+            suffix += self.closing_ids(child)
             tail = child.tail if child.is_closed else ""
         join_ids = tuple(bound.join_ids(tail))
         branch.children = ()
         return [*suffix, *join_ids], join_ids
+
+    def closing_ids(self, branch: WrittenBranch) -> tuple[int, ...]:
+        """The text that a branch is given which ended without its tag."""
+        return () if branch.is_closed else self._bound.forced_close_ids()
+
+    def merge(self, branch: WrittenBranch) -> tuple[int, ...]:
+        """The join text behind children that stand there as they are, headers included."""
+        last = branch.children[-1]
+        branch.children = ()
+        tail = last.tail if last.is_closed else ""
+        return self._bound.join_ids(tail) or self._bound.join_ids()  # there is always one
 
     def _num_given_tokens(
         self, outline_ids: Sequence[str], headers: Sequence[Sequence[int]]

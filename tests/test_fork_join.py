@@ -82,6 +82,22 @@ def test_fan_out_of_one_and_stop_tokens():
     assert state.root.status is BranchStatus.DECODING
 
 
+def test_a_cancelled_branch_does_not_come_back_when_what_it_forked_is_cancelled_too():
+    inner = ParallelStage(branches=(Branch(max_tokens=1),), allow_branch_cancel=True)
+    outer = ParallelStage(
+        branches=(Branch(max_tokens=2), Branch(stages=(inner, SerialStage(max_tokens=1)))),
+        allow_branch_cancel=True,
+    )
+    state = make_state(outer, SerialStage(max_tokens=1))
+    first, nested = state.fork(state.root)
+    state.fork(nested)
+    assert [e.node for e in state.cancel("0.1")] == [nested]
+    assert not state.cancel("0.1.0.0") and not state.cancel("0.1")
+    assert paths(state) == ["0.0"]
+    state.advance(first, [1, 2])
+    assert paths(state) == [""] and state.root.tokens == [1, 2]
+
+
 def test_tokens_beyond_the_stage_or_for_a_waiting_branch_are_refused():
     state = make_state(SerialStage(max_tokens=2), ParallelStage(branches=(Branch(max_tokens=1),)))
     with pytest.raises(ValueError, match="beyond the end"):

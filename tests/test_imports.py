@@ -18,6 +18,7 @@ PURE = {
     "fork_format",
     "tag_scanner",
     "written_forks",
+    "token_spans",
     "predictor",
     "prefill_cost",
     "step_correction",
@@ -26,7 +27,7 @@ PURE = {
 }
 LAZY = {"engines.torch_engine", "engines.trtllm"}  # imported by the function that creates it
 FLOORS = [  # imports run downward only
-    {"request", "output", "profile", "batch"},
+    {"request", "output", "profile", "batch", "token_spans"},
     {
         "config",
         "slo",

@@ -17,7 +17,7 @@ NUM_BLOCKS = 12
 _INDEX = st.integers(min_value=0, max_value=10**6)
 
 
-@dataclass
+@dataclass(eq=False)
 class Held:
     """A table and the values that must be read back through it."""
 
@@ -112,6 +112,48 @@ class PoolMachine(RuleBasedStateMachine):
                 total += len(holders[tail]) > 1
                 holders[tail].discard(id(held))
         return total
+
+    @rule(
+        index=_INDEX,
+        keep=st.floats(0, 1),
+        picks=st.lists(st.tuples(_INDEX, st.floats(0, 1), st.floats(0, 1)), max_size=3),
+    )
+    def merge(self, index: int, keep: float, picks: list[tuple[int, float, float]]) -> None:
+        """Puts parts of others behind a part of a table; the others are gone."""
+        if not self.held:
+            return
+        held = self.pick(index)
+        num_kept = round(keep * len(held.values))
+        chosen = {id(self.pick(i)): (self.pick(i), a, b) for i, a, b in picks}
+        chosen.pop(id(held), None)
+        parts = []
+        for other, a, b in chosen.values():
+            start, stop = sorted((round(a * len(other.values)), round(b * len(other.values))))
+            parts.append((other, start, stop))
+        values = [v for other, start, stop in parts for v in other.values[start:stop]]
+        before = [(bytes(h.table.block_ids), h.table.num_tokens) for h in self.held]
+        free = self.pool.num_free_blocks
+        try:
+            sources, targets = self.pool.append(
+                held.table,
+                num_kept,
+                [(other.table, start, stop) for other, start, stop in parts],
+                [other.table for other, _, _ in parts],
+            )
+        except (ValueError, OutOfBlocksError) as error:
+            assert before == [(bytes(h.table.block_ids), h.table.num_tokens) for h in self.held]
+            assert self.pool.num_free_blocks == free and values
+            if isinstance(error, ValueError):
+                tail = held.table.block_ids[num_kept // self.size]
+                assert sum(tail in h.table.block_ids for h in self.held) > 1
+            return
+        read = [self.content[slot // self.size][slot % self.size] for slot in sources]
+        assert read == values
+        for target, value in zip(targets, read, strict=True):
+            self.content[target // self.size][target % self.size] = value
+        gone = [other for other, _, _ in parts]
+        self.held = [h for h in self.held if h not in gone]
+        held.values[num_kept:] = values
 
     def append(self, held: Held, n: int) -> None:
         for _ in range(n):

@@ -116,6 +116,21 @@ def test_a_model_forks_nests_and_joins(server: TritonServer) -> None:
     assert all(1 <= p.width <= p.batch_width and p.step_ms > 0 for p in watched)
 
 
+def test_kv_is_merged_as_the_format_was_trained(server: TritonServer) -> None:
+    """This model has learnt plain positions: behind a merge it may stray, before it does not."""
+    with TaperClient(server.grpc_url) as client:
+        events, generation = events_of(client, join_mode="kv_merge")
+        with pytest.raises(RequestError, match="join_mode"):
+            client.generate(PROMPT, 8, join_mode="sideways")  # type: ignore[typeddict-item]
+    texts, before = texts_of(generation), [key for key in EXPECTED if key[1] == 0]
+    assert len(before) == 5 and all(texts[key] == EXPECTED[key] for key in before)
+    metrics = generation.metrics
+    assert (metrics.join_mode, metrics.join_is_as_trained) == ("kv_merge", True)
+    joins = [e.text for e in events if isinstance(e, Joined)]
+    assert joins == ["\n<Conclusion>\n"] * 2
+    assert metrics.num_recomputed_tokens == 0
+
+
 def test_many_at_once_say_the_same_and_leave_nothing(server: TritonServer) -> None:
     with TaperClient(server.grpc_url) as client, ThreadPoolExecutor(12) as pool:
         answers = list(pool.map(lambda _: events_of(client)[1], range(24)))

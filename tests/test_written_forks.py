@@ -14,6 +14,7 @@ import pytest
 import test_trtllm_engine as trtllm
 from hypothesis import given
 from hypothesis import strategies as st
+from merging_toy import Context, MergingEngine
 from programs import requests
 from test_executor import (
     SPECS,
@@ -73,16 +74,15 @@ FORMATS = {
 }  # fmt: skip
 
 
-def speak(tokens, seed: int = 0) -> int:
-    return ALPHABET[next_token(tokens, seed) % len(ALPHABET)]
+def speak(kv: int, seed: int = 0) -> int:
+    return ALPHABET[next_token([kv], seed) % len(ALPHABET)]
 
 
-class TalkingEngine(ToyEngine):
+class TalkingEngine(MergingEngine):
     """Draws tags more often than a model would."""
 
-    def _draw(self, sequence) -> int:
-        tokens = [self._content[self._slot(sequence, i)] for i in range(len(sequence.tokens))]
-        return speak(tokens, sequence.params.seed if sequence.params.sampling.temperature else 0)
+    def _say(self, kv: int, seed: int) -> int:
+        return speak(kv, seed)
 
 
 def make_talker(engine: ToyEngine, policy: str, form: ForkFormat, **scheduler) -> TaperExecutor:
@@ -100,39 +100,51 @@ class Alone:
         self.outputs: dict[tuple[str, int], list[int]] = {}
         self.refusals: Counter[str] = Counter()
         limit = form.limits.max_critical_tokens
-        self.text, _ = self.run("", [*request.input_ids], [], request.max_tokens, limit, 0)
+        context = Context().then(request.input_ids)
+        self.text, *_ = self.run("", context, [], request.max_tokens, limit, 0)
 
-    def run(self, path, prefix, header, max_tokens, critical, depth):
-        """The branch's own tokens, and how it ended; `critical` decoded ones at most in a row."""
+    def run(self, path, context, header, max_tokens, critical, depth):
+        """The branch's own tokens, how it ended, and its context without an end token.
+
+        `critical` decoded tokens at most in a row.
+        """
         form, own, stage, num_forks, on_path = self.form, [*header], 0, 0, 0
+        context = context.then(header)
         while True:
             left = max_tokens - len(own)
             left = left if critical is None else min(left, critical - on_path)
-            new, end, ids = self.stretch(path, [*prefix, *own], left, depth, num_forks,
+            new, end, ids = self.stretch(path, context, left, depth, num_forks,
                                          len(own), max_tokens, critical, on_path)  # fmt: skip
             self.outputs[path, stage] = new
             own, on_path = own + new, on_path + len(new)
+            context = context.then(new[:-1] if end == "eos" else new)
             if end != "fork":
-                return own, (end, on_path)
+                return own, (end, on_path), context
             num_forks += 1
             share = self.share(ids, max_tokens - len(own), critical, on_path)
-            texts, longest = [], 0
+            texts, longest, branches = [], 0, []
+            merges = self.request.join_mode == "kv_merge"
             for index, outline in enumerate(ids):
                 head = list(f"{form.separator_first}{form.branch_header}".encode())
                 head = list(bytes(head).replace(b"{id}", outline.encode()))
-                text, (end, count) = self.run(
+                text, (end, count), branch = self.run(
                     f"{path}.{stage + 1}.{index}" if path else f"{stage + 1}.{index}",
-                    [*prefix, *own], head, len(head) + share,
+                    context, head, len(head) + share,
                     None if critical is None else critical - on_path - 1, depth + 1,
                 )  # fmt: skip
                 text = text[len(head) :]
                 text = text[:-1] if end == "eos" else text
                 close = b"" if end == "tag" else form.forced_close.encode()
-                between = form.separator_first if index == 0 else form.separator_next
+                as_begun = index == 0 or merges
+                between = form.separator_first if as_begun else form.separator_next
                 again = (between + form.branch_header).replace("{id}", outline).encode()
                 texts += [*again, *text, *close]
                 longest = max(longest, count)
-            own, on_path = [*own, *texts, *form.join_text.encode()], on_path + longest
+                branches.append(branch.then(close))
+            join = form.join_text.encode()
+            own, on_path = [*own, *texts, *join], on_path + longest
+            context = context.merged(branches) if merges else context.then(texts)
+            context = context.then(join)
             stage += 2
 
     def stretch(self, path, context, left, depth, num_forks, num_own, max_tokens, critical, done):
@@ -140,7 +152,8 @@ class Alone:
         form, new, text, unread, scope = self.form, [], "", 0, None
         seed = seed_of(self.request, path) if self.request.sampling.temperature else 0
         while True:
-            new.append(speak([*context, *new], seed))
+            new.append(speak(context.kv[-1], seed))
+            context = context.then(new[-1:])
             text += chr(new[-1])
             may_fork = depth < form.limits.max_depth
             if depth and text[unread:].endswith(form.branch_end):
@@ -238,15 +251,16 @@ def check_events(outputs: list[RequestOutput], refusals: Counter[str]) -> None:
 
 
 talks = st.builds(
-    lambda prompt, n, warm, name: (
+    lambda prompt, n, warm, name, mode: (
         ForkJoinRequest(
             request_id="r", input_ids=tuple(prompt), max_tokens=n, fork_format="toy", events=True,
-            sampling=SamplingParams(end_id=END_ID, temperature=float(warm)),
+            sampling=SamplingParams(end_id=END_ID, temperature=float(warm)), join_mode=mode,
         ),
         name,
     ),
-    st.lists(st.integers(0, 96), min_size=1, max_size=12), st.integers(1, 400), st.booleans(),
-    st.sampled_from(list(FORMATS)),
+    st.lists(st.integers(0, 96), min_size=1, max_size=12),
+    st.one_of(st.integers(1, 100), st.integers(200, 400)), st.booleans(),
+    st.sampled_from(list(FORMATS)), st.sampled_from(["concat", "kv_merge"]),
 )  # fmt: skip
 
 
@@ -295,8 +309,7 @@ def test_written_forks_equal_their_rules_under_every_schedule(
 def test_a_join_goes_on_without_cancelled_branches(drawn, policy, spare, fraction, data):
     """Branches are withdrawn at any moment; the rest is what would have been without them."""
     batch = [
-        r.model_copy(update={"events": True, "stages": _cancellable(r.stages)})
-        for r in named(drawn)
+        r.model_copy(update={"events": True, "stages": cancellable(r.stages)}) for r in named(drawn)
     ]
     footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, 4) for r in batch)
     engine = ToyEngine(num_kv_blocks=footprint + spare)
@@ -337,7 +350,7 @@ def test_a_join_goes_on_without_cancelled_branches(drawn, policy, spare, fractio
     assert engine.num_sequences == 0
 
 
-def _cancellable(stages):
+def cancellable(stages):
     return stages and tuple(
         stage
         if isinstance(stage, SerialStage)
@@ -345,7 +358,7 @@ def _cancellable(stages):
             update={
                 "allow_branch_cancel": True,
                 "branches": tuple(
-                    branch.model_copy(update={"stages": _cancellable(branch.stages)})
+                    branch.model_copy(update={"stages": cancellable(branch.stages)})
                     for branch in stage.branches
                 ),
             }
@@ -376,7 +389,8 @@ class TalkingDecoder(trtllm.ToyDecoder):
 
     def step(self, step):
         output = super().step(step)
-        return StepOutput([speak(r.text.tokens) for r in step.drawing], output.duration_s)
+        drawn = [speak(Context().then(r.text.tokens).kv[-1]) for r in step.drawing]
+        return StepOutput(drawn, output.duration_s)
 
 
 @pytest.fixture(scope="module")
@@ -398,7 +412,7 @@ def make_lease_talker(engine, policy: str, form: ForkFormat, **scheduler) -> Tap
 def test_places_end_at_tags(path, drawn, name, policy, mode, lease_tokens, spare, fraction):
     """Engines that draw several tokens at a time stop where the model forks, and nowhere else."""
     form = FORMATS[name]
-    batch = trtllm.greedy([talk for talk, _ in drawn])
+    batch = trtllm.greedy([talk.model_copy(update={"join_mode": "concat"}) for talk, _ in drawn])
     depth = form.limits.max_depth
     footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, 4, depth) for r in batch)
     engine = trtllm.make_engine(

@@ -65,10 +65,13 @@ def toy_profile() -> LatencyProfile:
 
 
 class ToyEngine(PagedEngine):
+    kv_merge = False
+
     def __init__(self, num_kv_blocks: int = 256, tokens_per_block: int = 4) -> None:
         super().__init__(
             per_step_capabilities(
                 name="toy",
+                kv_merge=self.kv_merge,
                 bitwise_deterministic=True,
                 virtual_time=True,
                 max_batch_size=256,

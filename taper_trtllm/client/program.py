@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from taper_trtllm.client.wire import OPTION_NAMES
-from taper_trtllm.request import Branch, ParallelStage, SerialStage
+from taper_trtllm.request import Branch, JoinMode, ParallelStage, SerialStage
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -38,6 +38,7 @@ class RequestOptions(TypedDict, total=False):
         slo_tpot_ms: Time per output token.
         slo_stretch: End-to-end latency over critical-path tokens times `slo_tpot_ms`.
         cache_salt_id: KV is shared among requests with the same one only.
+        join_mode: ``concat`` (the default) or ``kv_merge``; see `ForkJoinRequest`.
         request_id: Must not be in use; a random one by default.
         deadline_s: After so long the request is cancelled and `DeadlineExceededError` raised.
     """
@@ -53,6 +54,7 @@ class RequestOptions(TypedDict, total=False):
     slo_tpot_ms: float
     slo_stretch: float
     cache_salt_id: int
+    join_mode: JoinMode
     request_id: str
     deadline_s: float
 

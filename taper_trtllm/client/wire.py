@@ -36,6 +36,7 @@ INPUT_TYPES: dict[str, tuple[str, Any]] = {
     "cache_salt_id": ("INT64", np.int64),
     "fork_format": ("BYTES", np.object_),
     "events": ("BOOL", np.bool_),
+    "join_mode": ("BYTES", np.object_),
     "cancel_request_id": ("BYTES", np.object_),
     "cancel_branch_paths": ("BYTES", np.object_),
 }

@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.request import SamplingParams
+from taper_trtllm.token_spans import Spans
 
 SequenceId = int
 
@@ -51,6 +52,7 @@ class EngineCapabilities:
         disaggregated_prefill: Prompts are computed on other devices: their chunks take no time in a
             step and need not be cut; those of headers and joins do.
         prefix_sharing_attention: Attention reads a shared prefix once per family, not per branch.
+        kv_merge: Sequences can be assembled from the KV of several (`Engine.assemble_sequence`).
         bitwise_deterministic: Greedy results do not depend on batch membership.
         virtual_time: `StepResult` times come from a virtual clock.
         max_batch_size: Most sequences in one iteration.
@@ -69,6 +71,7 @@ class EngineCapabilities:
     width_buckets: tuple[int, ...] | None
     disaggregated_prefill: bool
     prefix_sharing_attention: bool
+    kv_merge: bool
     bitwise_deterministic: bool
     virtual_time: bool
     max_batch_size: int
@@ -91,6 +94,15 @@ class SequenceParams:
     sampling: SamplingParams
     seed: int
     cache_salt_id: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SequencePiece:
+    """Tokens [start, stop) of a sequence, with their KV as far as they have some."""
+
+    sequence_id: SequenceId
+    start: int
+    stop: int
 
 
 class WorkerRank(Exception):
@@ -241,7 +253,7 @@ class Engine(Protocol):
 
         The child has the parent's first `num_shared_tokens` computed tokens by reference, then the
         parent's remaining tokens and `suffix_ids` pending. The parent must have computed the shared
-        tokens. A child can outlive its parent.
+        tokens; its spans are the child's too. A child can outlive its parent.
         """
 
     def join_sequence(
@@ -250,6 +262,27 @@ class Engine(Protocol):
         """Parent takes over the tokens and KV of `child_id`, then `suffix_ids` pending.
 
         The child's tokens must begin with the parent's. The child ceases to exist.
+        """
+
+    def assemble_sequence(
+        self,
+        sequence_id: SequenceId,
+        pieces: Sequence[SequencePiece],
+        suffix_ids: Sequence[int],
+        spans: Spans,
+    ) -> None:
+        """The sequence becomes the tokens of `pieces`, in order, then `suffix_ids` pending.
+
+        Their KV is taken as it is, up to the first token that has none; computing the others, then
+        or after a preemption, heeds `spans`. The first piece begins at 0 and ends in tokens of its
+        own, if others follow. Other sequences than this one cease to exist. It takes no more blocks
+        than it frees. For engines that declare `kv_merge`.
+
+        Such KV is not what its tokens have in a plain sequence: no cache may ever offer it to one
+        for having the same token ids.
+
+        Raises:
+            ValueError: KV would be written to a block that others hold; nothing was changed.
         """
 
     def preempt_sequence(self, sequence_id: SequenceId) -> None:

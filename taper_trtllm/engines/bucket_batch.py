@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from taper_trtllm.engines.prefix_groups import prefix_groups
 from taper_trtllm.engines.prefix_tiles import SharedPrefixes, tile_prefixes
 from taper_trtllm.engines.sampling import Draws, plan_draws
 from taper_trtllm.engines.step_buffer import StepBuffer, aligned
+from taper_trtllm.token_spans import cut, last_shift
 
 # A shared prefix costs no call of its own on a GPU; shorter ones are not worth a second part.
 _MIN_SAVED_TOKENS = 256
@@ -35,17 +37,19 @@ def width_buckets(max_batch_size: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class ChunkRows:
-    """A chunk in the batch.
+    """Tokens of a chunk in the batch that see the same of what stands before them.
 
     Attributes:
-        rows: Its tokens.
-        block_ids: int32 [blocks] of its context.
-        context: Tokens that the last one sees.
+        rows: The tokens.
+        block_ids: int32 [blocks] of the context.
+        context: Tokens of the context, up to the last of them.
+        hidden: Ranges of the context that they do not see; all before the first of them.
     """
 
     rows: slice
     block_ids: torch.Tensor
     context: int
+    hidden: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +60,12 @@ class BucketBatch:
         width: Decode rows, padding included; they come first. 0: none.
         order: The decode sequence of each row, without padding.
         token_ids: [rows].
-        positions: [rows] of each token in its sequence.
+        positions: [rows] where each token stands in its sequence.
         slots: [rows] where its KV goes: block x tokens_per_block + offset.
         block_tables: [width, blocks of the longest sequence].
         context_lens: [width], 1 for padding.
         prefixes: What the decode rows share; None where attention does not ask.
-        chunks: Behind the decode rows.
+        chunks: Behind the decode rows; one chunk is several where what it sees changes.
         logit_rows: Rows whose logits are needed: decode rows in order, then the last rows of
             chunks that draw. None for all rows.
         draws: Of these, those that are not greedy, by their place among them; None for none.
@@ -146,10 +150,12 @@ class BucketBatchBuilder:
         lens[len(rows) :], tables[len(rows) :, 0] = 1, PADDING_BLOCK
         for row, sequence in enumerate(rows):
             ids, last = sequence.table.block_ids, len(sequence.tokens) - 1
-            flat[:, row] = sequence.tokens[last], last, self._slot(ids, last)
+            position = last - last_shift(sequence.spans)
+            flat[:, row] = sequence.tokens[last], position, self._slot(ids, last)
             lens[row], tables[row, : len(ids)] = last + 1, ids
         chunk_rows = [*self._lay_out_chunks(width, chunks, flat, buffer)]
-        drawing = [(c, r) for c, r in zip(chunks, chunk_rows, strict=True) if c.sample]
+        ends = [*accumulate((chunk.num_tokens for chunk in chunks), initial=width)][1:]
+        drawing = [(c, end) for c, end in zip(chunks, ends, strict=True) if c.sample]
         sampled = [*rows, *(chunk.sequence for chunk, _ in drawing)]
         draws = plan_draws(
             [s.params for s in sampled],
@@ -157,7 +163,7 @@ class BucketBatchBuilder:
             self._vocab_size,
             buffer.put,
         )
-        last_rows = [*range(len(rows)), *(r.rows.stop - 1 for _, r in drawing)]
+        last_rows = [*range(len(rows)), *(end - 1 for _, end in drawing)]
         batch = BucketBatch(
             width=width,
             order=order,
@@ -216,13 +222,17 @@ class BucketBatchBuilder:
     ) -> Iterator[ChunkRows]:
         first = width
         for chunk in chunks:
-            end, stop = chunk.start + chunk.num_tokens, first + chunk.num_tokens
-            ids = chunk.sequence.table.block_ids
-            flat[0, first:stop] = chunk.sequence.tokens[chunk.start : end]
-            flat[1, first:stop] = range(chunk.start, end)
-            flat[2, first:stop] = [self._slot(ids, index) for index in range(chunk.start, end)]
-            yield ChunkRows(slice(first, stop), buffer.put(np.array(ids, dtype=np.int32)), end)
-            first = stop
+            sequence, ids = chunk.sequence, chunk.sequence.table.block_ids
+            block_ids = buffer.put(np.array(ids, dtype=np.int32))
+            for start, end, span in cut(
+                sequence.spans, chunk.start, chunk.start + chunk.num_tokens
+            ):
+                stop = first + end - start
+                flat[0, first:stop] = sequence.tokens[start:end]
+                flat[1, first:stop] = range(start - span.shift, end - span.shift)
+                flat[2, first:stop] = [self._slot(ids, index) for index in range(start, end)]
+                yield ChunkRows(slice(first, stop), block_ids, end, span.hidden)
+                first = stop
 
     def _slot(self, block_ids: array[int], index: int) -> int:
         block, offset = divmod(index, self._tokens_per_block)

@@ -175,10 +175,20 @@ class _BatchAttention:
     def _attend_chunk(self, layer: int, chunk: ChunkRows, queries: torch.Tensor) -> torch.Tensor:
         """[tokens of the chunk, heads x head_dim]."""
         gathered = self._kv.layers[layer].index_select(0, chunk.block_ids).flatten(0, 1)
-        keys, values = gathered[: chunk.context].transpose(0, 2).unbind(1)
+        seen = _without(gathered[: chunk.context], chunk.hidden)
+        keys, values = seen.transpose(0, 2).unbind(1)
         rows = queries[chunk.rows].transpose(0, 1)
-        mask = causal_lower_right(rows.shape[1], chunk.context)
+        mask = causal_lower_right(rows.shape[1], len(seen))
         attended = F.scaled_dot_product_attention(
             rows[None], keys[None], values[None], attn_mask=mask, enable_gqa=True
         )
         return attended[0].transpose(0, 1).flatten(1)
+
+
+def _without(context: torch.Tensor, hidden: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """The context [tokens, ...] without the ranges that are hidden."""
+    if not hidden:
+        return context
+    starts = [0, *(end for _, end in hidden)]
+    ends = [*(start for start, _ in hidden), len(context)]
+    return torch.cat([context[start:end] for start, end in zip(starts, ends, strict=True)])

@@ -7,6 +7,7 @@ for rounding.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -61,7 +62,7 @@ class CascadeAttention(PagedAttention):
         """See `PagedAttention`."""
         size = self._tokens_per_block
         ordered = sorted(segments, key=lambda s: s.end - s.start > 1)  # single tokens first
-        tables = [s.block_ids[: s.start // size] for s in ordered if s.end - s.start == 1]
+        tables = [_shareable(s, size) for s in ordered if s.end - s.start == 1]
         groups = prefix_groups(tables, -(-_MIN_SAVED_TOKENS // size))
         for group in groups:
             for i in group.members:
@@ -119,6 +120,11 @@ class CascadeAttention(PagedAttention):
         )
         attended = attended.view(stacked.shape).transpose(0, 1)
         return attended, log_sum.view(stacked.shape[:-1]).transpose(0, 1)
+
+
+def _shareable(segment: Segment, tokens_per_block: int) -> array[int]:
+    """Full blocks of its context, if it sees all of them."""
+    return segment.block_ids[: 0 if segment.hidden else segment.start // tokens_per_block]
 
 
 def _behind(segment: Segment, num_blocks: int, tokens_per_block: int) -> Segment:

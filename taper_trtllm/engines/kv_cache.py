@@ -116,6 +116,52 @@ class BlockPool:
         table.num_tokens = min(table.num_tokens, keep * self.tokens_per_block)
         table.num_tokens_with_room = 0
 
+    def append(
+        self,
+        table: BlockTable,
+        num_tokens: int,
+        parts: Sequence[tuple[BlockTable, int, int]],
+        released: Sequence[BlockTable],
+    ) -> tuple[list[int], list[int]]:
+        """Cuts a table to `num_tokens` and puts parts of other tables behind; all or nothing.
+
+        Args:
+            table: Grows.
+            num_tokens: Of its tokens, those that stay.
+            parts: Other tables, with the range of tokens that is appended.
+            released: Tables that are dropped with it; those of `parts` at least.
+
+        Returns:
+            Slots (block x tokens_per_block + offset) to copy from and to. All must be read before
+            any is written.
+
+        Raises:
+            ValueError: The tokens that stay end in a block that others hold too.
+            OutOfBlocksError: Too few free blocks; not if `released` alone hold their parts.
+        """
+        sources = [slot for part in parts for slot in self._slots(*part)]
+        end = num_tokens + len(sources)
+        if sources:
+            full, rest = divmod(num_tokens, self.tokens_per_block)
+            if rest and self._ref_counts[table.block_ids[full]] > 1:
+                raise ValueError("a table that others follow ends in a block that is shared")
+            holders = Counter(block for other in released for block in other.block_ids)
+            num_freed = sum(self._ref_counts[block] == n for block, n in holders.items())
+            needed = self._blocks_for(end) - self._blocks_for(num_tokens)
+            if needed > len(self._free) + num_freed:
+                raise OutOfBlocksError(f"{needed} KV blocks are needed to append")
+        self._drop_from(table, self._blocks_for(num_tokens))
+        for other in released:
+            self.release(other)
+        while len(table.block_ids) < self._blocks_for(end):
+            table.block_ids.append(self._allocate(table.family))
+        table.num_tokens = end
+        return sources, self._slots(table, num_tokens, end)
+
+    def _slots(self, table: BlockTable, start: int, stop: int) -> list[int]:
+        size = self.tokens_per_block
+        return [table.block_ids[i // size] * size + i % size for i in range(start, stop)]
+
     # ------------------------------------------------------------------ writing
 
     def num_blocks_needed(self, table: BlockTable, num_tokens: int) -> int:

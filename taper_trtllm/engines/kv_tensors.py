@@ -52,6 +52,12 @@ class KvTensors:
         """Copies whole blocks, all layers."""
         self._blocks[:, targets] = self._blocks[:, sources]
 
+    def copy_slots(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies the KV of tokens, all layers; every source is read before a target is written."""
+        read, written = torch.tensor([sources, targets], device=self._blocks.device).unbind()
+        for slots in self.layer_slots:  # one by one: the copy in between is small
+            slots.index_copy_(0, written, slots[read])
+
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros, because what attention masks must still be finite.

@@ -65,6 +65,7 @@ def per_step_capabilities(
     width_buckets: tuple[int, ...] | None = None,
     disaggregated_prefill: bool = False,
     prefix_sharing_attention: bool = False,
+    kv_merge: bool = False,
 ) -> EngineCapabilities:
     """What holds for every engine here: a plan takes effect at once, and gated sequences stay."""
     return EngineCapabilities(
@@ -77,6 +78,7 @@ def per_step_capabilities(
         width_buckets=width_buckets,
         disaggregated_prefill=disaggregated_prefill,
         prefix_sharing_attention=prefix_sharing_attention,
+        kv_merge=kv_merge,
         bitwise_deterministic=bitwise_deterministic,
         virtual_time=virtual_time,
         max_batch_size=max_batch_size,

@@ -8,8 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from taper_trtllm.engines.base import EngineCapabilities, SequenceId, SequenceParams
+from taper_trtllm.engines.base import (
+    EngineCapabilities,
+    SequenceId,
+    SequenceParams,
+    SequencePiece,
+)
 from taper_trtllm.engines.kv_cache import BlockPool, BlockTable
+from taper_trtllm.token_spans import Spans
 
 
 @dataclass(slots=True)
@@ -21,12 +27,14 @@ class EngineSequence:
         params: How it samples.
         table: Its KV.
         max_computed: Tokens that were ever computed, here or where the sequence was forked from.
+        spans: Where the tokens stand, and what they see.
     """
 
     tokens: list[int]
     params: SequenceParams
     table: BlockTable
     max_computed: int
+    spans: Spans = ()
 
 
 class PagedSequences:
@@ -73,7 +81,9 @@ class PagedSequences:
         tokens = [*parent.tokens, *suffix_ids]
         self._check_new(child_id, tokens, suffix_ids)
         table = self._pool.fork(parent.table, num_shared_tokens)
-        self._sequences[child_id] = EngineSequence(tokens, params, table, parent.max_computed)
+        self._sequences[child_id] = EngineSequence(
+            tokens, params, table, parent.max_computed, parent.spans
+        )
 
     def join_sequence(
         self, parent_id: SequenceId, child_id: SequenceId, suffix_ids: Sequence[int]
@@ -91,8 +101,45 @@ class PagedSequences:
         self._pool.release(drop)
         parent.table = keep
         parent.tokens = tokens
+        parent.spans = child.spans
         parent.max_computed = max(parent.max_computed, child.max_computed)
         del self._sequences[child_id]
+
+    def assemble_sequence(
+        self,
+        sequence_id: SequenceId,
+        pieces: Sequence[SequencePiece],
+        suffix_ids: Sequence[int],
+        spans: Spans,
+    ) -> None:
+        """See `Engine`."""
+        if not self._capabilities.kv_merge:
+            raise ValueError(f"engine {self._capabilities.name!r} cannot merge KV")
+        target = self._sequences[sequence_id]
+        sources = [self._sequences[piece.sequence_id] for piece in pieces]
+        tokens = [
+            token
+            for piece, source in zip(pieces, sources, strict=True)
+            for token in source.tokens[piece.start : piece.stop]
+        ]
+        tokens += suffix_ids
+        self._check_tokens(sequence_id, tokens, suffix_ids)
+        first_stop = pieces[0].stop
+        # A preempted branch may have less KV than the sequence, whose tokens it begins with.
+        table = max(sources[0].table, target.table, key=lambda t: min(t.num_tokens, first_stop))
+        num_kept = min(table.num_tokens, first_stop)
+        parts = _parts(pieces[1:], sources[1:]) if num_kept == first_stop else []
+        others = {id(s.table): s.table for s in (target, *sources) if s.table is not table}
+        self._copy_kv(*self._pool.append(table, num_kept, parts, list(others.values())))
+        target.table, target.tokens, target.spans = table, tokens, spans
+        target.max_computed = max(table.num_tokens, _max_computed(pieces, sources))
+        for piece in pieces:
+            if piece.sequence_id != sequence_id:
+                del self._sequences[piece.sequence_id]
+
+    def _copy_kv(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copies the KV of slots, all layers; all are read before any is written."""
+        raise NotImplementedError
 
     def preempt_sequence(self, sequence_id: SequenceId) -> None:
         """See `Engine`."""
@@ -153,3 +200,27 @@ class PagedSequences:
         assert len(tables) == len(self._sequences) == self._pool.num_tables, "a table is lost"
         for sequence in self._sequences.values():
             assert sequence.table.num_tokens <= sequence.max_computed <= len(sequence.tokens)
+
+
+def _parts(
+    pieces: Sequence[SequencePiece], sources: Sequence[EngineSequence]
+) -> list[tuple[BlockTable, int, int]]:
+    """What has KV of pieces that follow each other, up to the first gap."""
+    parts = []
+    for piece, source in zip(pieces, sources, strict=True):
+        stop = min(piece.stop, source.table.num_tokens)
+        if stop > piece.start:
+            parts.append((source.table, piece.start, stop))
+        if stop < piece.stop:
+            break
+    return parts
+
+
+def _max_computed(pieces: Sequence[SequencePiece], sources: Sequence[EngineSequence]) -> int:
+    """Tokens of the pieces that were ever computed, up to the first that was not."""
+    total = 0
+    for piece, source in zip(pieces, sources, strict=True):
+        total += max(0, min(piece.stop, source.max_computed) - piece.start)
+        if source.max_computed < piece.stop:
+            break
+    return total

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 from taper_trtllm.engines.kv_cache import PADDING_BLOCK
+from taper_trtllm.token_spans import Spans, cut
 
 # Queries of a segment. Bounds the mask, and how much of a chunk attends to its own future in vain.
 _MAX_QUERIES = 64
@@ -34,6 +35,7 @@ class Segment:
         end: Position after the last one: the context that it sees.
         sample: The last token's logits are needed.
         shift: Index minus position of the tokens; `start` and `end` are indices.
+        hidden: Ranges of the context that the tokens do not see.
     """
 
     sequence_id: int
@@ -43,21 +45,27 @@ class Segment:
     end: int
     sample: bool
     shift: int = 0
+    hidden: tuple[tuple[int, int], ...] = ()
 
 
 def split_chunk(
-    sequence_id: int, token_ids: list[int], block_ids: array[int], start: int, sample: bool
-) -> list[Segment]:
-    """Cuts the tokens from position `start` on into segments; `sample` is for the last token."""
+    sequence_id: int,
+    token_ids: list[int],
+    block_ids: array[int],
+    start: int,
+    sample: bool,
+    spans: Spans = (),
+) -> Iterator[Segment]:
+    """Cuts the tokens from index `start` on into segments; `sample` is for the last token."""
     end = start + len(token_ids)
-    if len(token_ids) <= _MAX_QUERIES:
-        return [Segment(sequence_id, token_ids, block_ids, start, end, sample)]
-    segments = []
-    for first in range(start, end, _MAX_QUERIES):
-        stop = min(first + _MAX_QUERIES, end)
-        part = token_ids[first - start : stop - start]
-        segments.append(Segment(sequence_id, part, block_ids, first, stop, sample and stop == end))
-    return segments
+    for from_, to, span in cut(spans, start, end):
+        for first in range(from_, to, _MAX_QUERIES):
+            stop = min(first + _MAX_QUERIES, to)
+            part = token_ids[first - start : stop - start]
+            is_last = sample and stop == end
+            yield Segment(
+                sequence_id, part, block_ids, first, stop, is_last, span.shift, span.hidden
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,7 @@ class StepBatch:
 
     Attributes:
         token_ids: [tokens].
-        positions: [tokens] position of each token in its sequence.
+        positions: [tokens] where each token stands in its sequence.
         slots: [tokens] where its KV goes: block x tokens_per_block + offset.
         groups: Cover all rows, in order.
         segments: In the order of their rows; those of one token come first.
@@ -197,14 +205,18 @@ class StepBatchBuilder:
         )
 
     def _mask(self, members: Sequence[Segment]) -> torch.Tensor | None:
-        """Hides what comes after each query, padding included."""
+        """Hides what comes after each query, padding included, and what it is not to see."""
         num_queries, context = members[0].end - members[0].start, members[0].end
-        if num_queries == 1 and members[-1].end == context:
+        is_hiding = any(segment.hidden for segment in members)
+        if num_queries == 1 and members[-1].end == context and not is_hiding:
             return None
         limits = np.array([[segment.start] for segment in members])
         if num_queries > 1:
             limits = limits + np.arange(num_queries).repeat(self._queries_per_kv_head)
         hidden = self._columns[:context] > self._tensor(limits)[:, None, :, None]
+        for row, segment in enumerate(members if is_hiding else ()):
+            for first, last in segment.hidden:
+                hidden[row, ..., first:last] = True
         return torch.where(hidden, self._minus_infinity, self._zero)
 
     def _padded(self, num_tokens: int) -> int:

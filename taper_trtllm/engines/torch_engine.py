@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -26,6 +26,7 @@ from taper_trtllm.engines.paged_sequences import EngineSequence
 from taper_trtllm.engines.qwen3 import Qwen3Model
 from taper_trtllm.engines.sampling import draw_tokens
 from taper_trtllm.engines.step_batch import Segment, split_chunk
+from taper_trtllm.token_spans import last_shift
 
 
 class TorchEngine(PagedEngine):
@@ -98,6 +99,7 @@ class TorchEngine(PagedEngine):
                 name="torch",
                 width_buckets=buckets,
                 prefix_sharing_attention=config.prefix_sharing_attention,
+                kv_merge=True,
                 bitwise_deterministic=False,
                 virtual_time=False,
                 max_batch_size=config.max_batch_size,
@@ -146,7 +148,15 @@ class TorchEngine(PagedEngine):
         if self._runner is not None:
             return self._run_in_buckets(plan, decode, chunks, copies)
         segments = [
-            Segment(i, s.tokens[-1:], s.table.block_ids, len(s.tokens) - 1, len(s.tokens), True)
+            Segment(
+                sequence_id=i,
+                token_ids=s.tokens[-1:],
+                block_ids=s.table.block_ids,
+                start=len(s.tokens) - 1,
+                end=len(s.tokens),
+                sample=True,
+                shift=last_shift(s.spans),
+            )
             for i, s in zip(plan.decode, decode, strict=True)
         ]
         segments += [segment for chunk in chunks for segment in _segments(chunk)]
@@ -179,6 +189,11 @@ class TorchEngine(PagedEngine):
         return dict(zip(drawing, tokens, strict=True))
 
     @torch.inference_mode()
+    def _copy_kv(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        if sources:
+            self._kv.copy_slots(sources, targets)
+
+    @torch.inference_mode()
     def _run(self, segments: Sequence[Segment]) -> dict[SequenceId, int]:
         """Computes the segments; returns the drawn tokens."""
         assert self._attention is not None
@@ -198,8 +213,15 @@ class TorchEngine(PagedEngine):
         return dict(zip(batch.sampled_ids, tokens, strict=True))
 
 
-def _segments(chunk: ChunkWork) -> list[Segment]:
+def _segments(chunk: ChunkWork) -> Iterator[Segment]:
     """The tokens to compute, cut for attention."""
-    token_ids = chunk.sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
-    block_ids = chunk.sequence.table.block_ids
-    return split_chunk(chunk.sequence_id, token_ids, block_ids, chunk.start, chunk.sample)
+    sequence = chunk.sequence
+    token_ids = sequence.tokens[chunk.start : chunk.start + chunk.num_tokens]
+    return split_chunk(
+        chunk.sequence_id,
+        token_ids,
+        sequence.table.block_ids,
+        chunk.start,
+        chunk.sample,
+        sequence.spans,
+    )

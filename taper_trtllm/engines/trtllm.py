@@ -564,6 +564,7 @@ def _capabilities(
         width_buckets=None,
         disaggregated_prefill=False,
         prefix_sharing_attention=False,
+        kv_merge=False,  # its KV is found by token ids alone
         bitwise_deterministic=False,
         virtual_time=virtual_time,
         max_batch_size=engine_dir.max_batch_size,
