@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import signal
 import socket
 import threading
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from client import Transcript as Tokens_
 from pydantic import ValidationError
 from serving import ended, is_idle, run_in_process, wait_until
@@ -315,33 +313,6 @@ def test_a_cancelled_branch_leaves_the_join_and_nothing_else(client: TaperClient
 def test_a_branch_of_a_request_that_has_not_begun_cannot_be_cancelled(client: TaperClient):
     with client.stream("", 3) as stream, pytest.raises(RequestError, match="is not open"):
         stream.cancel_branch("0.0")
-
-
-@pytest.mark.triton
-def test_forks_that_the_model_writes_arrive_as_events(serving_config_path: Path, tmp_path: Path):
-    """Drawn at random, bytes are tags often enough."""
-    tags = {"scope_open": "B", "outline_pattern": "([a-z])", "trigger": "A", "branch_end": "C"}
-    texts = {"separator_first": "", "separator_next": "", "branch_header": "{id}:"}
-    rest = {"join_text": "=", "forced_close": "C", "trained_join": "concat"}
-    limits = {"max_branches": 3, "max_depth": 2}
-    toy = {**tags, **texts, **rest, "on_too_many": "first", "limits": limits}
-    (tmp_path / "formats.yaml").write_text(yaml.safe_dump({"toy": toy}))
-    config = yaml.safe_load(serving_config_path.read_text())
-    config["profile"] = str(serving_config_path.parent / config["profile"])
-    config["fork_formats"] = "formats.yaml"
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    written: dict[str, Any] = {"fork_format": "toy", "temperature": 1.2, "seed": 4}
-    with TritonServer(tmp_path / "config.yaml") as server, TaperClient(server.grpc_url) as client:
-        with client.stream("Once", 1500, **written) as stream:
-            *events, end = stream
-        generation = client.generate("Once", 1500, **written)
-    started = [event for event in events if isinstance(event, BranchStarted)]
-    joined = [event for event in events if isinstance(event, Joined)]
-    assert started and all(re.fullmatch("[a-z]:", event.text) for event in started)
-    assert len(joined) == end.generation.metrics.num_forks >= 1
-    assert all(event.text.endswith("=") for event in joined)
-    assert generation.branches == end.generation.branches
-    assert generation.branches.keys() == {"", *(event.branch_path for event in started)}
 
 
 @pytest.mark.triton
