@@ -261,12 +261,11 @@ class ForkJoinState:
         return node.children
 
     def find(self, path: str) -> BranchNode | None:
-        """The branch of a path; None once it is joined or cancelled."""
+        """The branch of a path, unless it has ended, or one around it."""
         node = self.root
         while node.path != path:
-            children = [child for child in node.children if not child.is_cancelled]
-            below = [c for c in children if f"{path}.".startswith(f"{c.path}.")]
-            if not below:
+            below = [c for c in node.children if f"{path}.".startswith(f"{c.path}.")]
+            if not below or below[0].status is BranchStatus.DONE:
                 return None
             node = below[0]
         return node
@@ -489,7 +488,7 @@ class ForkJoinState:
         """Ends a branch whose text nobody wants; the join goes on without it.
 
         Returns:
-            What follows; nothing if there is no such branch any more.
+            What follows; nothing if there is no such branch, or it has ended.
 
         Raises:
             ValueError: The program does not allow it.

@@ -138,3 +138,22 @@ def test_any_order_of_progress_gives_the_same_tree(request, data):
     assert outputs == expected
     assert state.num_output_tokens == sum(map(len, expected.values()))
     assert state.num_remaining_tokens == 0 and state.num_remaining_serial_tokens == 0
+
+
+def test_what_is_below_a_withdrawn_branch_or_has_ended_cannot_be_withdrawn():
+    inner = ParallelStage(
+        branches=(Branch(max_tokens=5), Branch(max_tokens=5)), allow_branch_cancel=True
+    )
+    nested = Branch(stages=(inner, SerialStage(max_tokens=3)))
+    outer = ParallelStage(
+        branches=(nested, Branch(max_tokens=1), Branch(max_tokens=9)), allow_branch_cancel=True
+    )
+    state = make_state(outer, SerialStage(max_tokens=2))
+    first, second, _ = state.fork(state.root)
+    state.fork(first)
+    state.advance(second, [70])
+    assert [e.node.path for e in state.cancel("0.0")] == ["0.0"]
+    for path in ("0.0", "0.0.0.0", "0.0.0.1", "0.1"):
+        assert not state.cancel(path)
+    assert paths(state) == ["0.2"] and state.num_remaining_tokens == 11
+    assert state.cancel("0.2")[-1].suffix_ids == (70,)
