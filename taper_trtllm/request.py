@@ -266,7 +266,7 @@ def build_request(**fields: Any) -> ForkJoinRequest:
     except RecursionError:
         raise RequestError("stages", f"nested deeper than {MAX_DEPTH}") from None
     except ValidationError as error:
-        raise _first_error(error) from None
+        raise first_error(error) from None
     return request
 
 
@@ -349,7 +349,8 @@ def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
         raise RequestError(field, f"token id {max(ids)} is outside the vocabulary of {vocab_size}")
 
 
-def _first_error(error: ValidationError) -> RequestError:
+def first_error(error: ValidationError) -> RequestError:
+    """What is said of untrusted fields that do not fit: the first mistake, by the field's path."""
     first = error.errors(include_url=False)[0]
     path = ""
     for part in first["loc"]:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 from client import Transcript as Tokens_
-from pydantic import ValidationError
 from serving import ended, is_idle, run_in_process, wait_until
 
 from taper_trtllm.client import (
@@ -95,17 +94,41 @@ def test_a_program_is_built_step_by_step_and_never_changes():
 
 
 @pytest.mark.parametrize(
-    "build",
+    ("build", "field"),
     [
-        lambda: Program().serial(0),
-        lambda: Program().parallel([]),
-        lambda: Program().parallel([branch("without a stage")]),
-        lambda: Program().parallel([branch([-1], 3)]),
+        (lambda: Program().serial(0), "max_tokens"),
+        (lambda: Program().parallel([]), "branches"),
+        (lambda: Program().parallel([branch("without a stage")]), "branches[0]"),
+        (lambda: Program().parallel([branch([-1], 3)]), "branches[0].header_ids[0]"),
+        (lambda: Program().parallel([branch(max_tokens=1)] * 257), "branches"),
     ],
 )
-def test_a_program_that_cannot_be_is_refused_where_it_is_written(build):
-    with pytest.raises(ValidationError):
+def test_a_program_that_cannot_be_is_refused_where_it_is_written(build, field: str):
+    with pytest.raises(RequestError) as refused:
         build()
+    assert refused.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("request_id", 5), ("request_id", "\ud800"), ("deadline_s", "5"),
+        ("deadline_s", float("nan")), ("fork_format", "\ud800"), ("text_input", "\udcff"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_sent_is_named(field: str, value):
+    prompt, options = ("a", {field: value}) if field != "text_input" else (value, {})
+    with TaperClient() as client, pytest.raises(RequestError) as refused:
+        client.generate(prompt, 3, **options)
+    assert refused.value.field == field
+
+
+def test_a_client_is_closed_once_and_says_so():
+    client = TaperClient()
+    client.close()
+    client.close()
+    with pytest.raises(RuntimeError, match="the client is closed"):
+        client.generate("a", 3)
 
 
 def test_an_option_that_there_is_none_of_is_refused():
@@ -302,6 +325,10 @@ def test_a_cancelled_branch_leaves_the_join_and_nothing_else(client: TaperClient
                 case BranchFinished(branch_path=path, finish_reason=reason):
                     reasons[path] = reason
         stream.cancel_branch("0.0")  # has ended: nothing happens
+        with pytest.raises(RequestError, match="257 branches exceed"):
+            stream.cancel_branch(*["0.0"] * 257)
+        with pytest.raises(RuntimeError, match="sent once"):
+            stream.__enter__()
     result = stream.result()
     assert reasons == {"0.0": "cancelled", "0.1": "cancelled", "0.2": "length", "": "length"}
     assert all(0 < len(result.branches[path].token_ids) < 1300 for path in ("0.0", "0.1"))
@@ -432,6 +459,8 @@ def test_leaving_a_stream_that_has_ended_cancels_nothing(
 def test_a_stream_is_sent_by_its_context_alone():
     with TaperClient() as client, pytest.raises(RuntimeError, match="with client"):
         next(client.stream("a", 3))
+    with TaperClient() as client, pytest.raises(RuntimeError, match="with client"):
+        client.stream("a", 3).cancel_branch("0.0")
 
 
 @pytest.mark.triton
@@ -507,6 +536,8 @@ def test_a_tree_search_prunes_to_its_beam_and_returns_its_best(client: TaperClie
     )  # fmt: skip
     assert len(found.token_ids) == 60
     assert found.scores[found.best] == score("", found.token_ids)
+    with pytest.raises(RequestError, match="beam: "):
+        tree_search(client, PROMPT, width=1, depth=1, step_tokens=1, beam=0, score=score)
     first = {path for path in found.scores if path.count(".") == 1}
     assert len(first - found.pruned) == min(beam, 3)
     second = {p for p in found.scores if p.count(".") == 3 and p[:3] not in found.pruned}
@@ -545,3 +576,19 @@ def test_generate_prints_text_or_everything(
     assert said["branches"][""]["stages"][0]["token_ids"] == list(expected.token_ids)
     assert main([*arguments, "--top-p", "0"]) == 1
     assert capsys.readouterr().err.startswith("error: top_p: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--branches", "0"], "branches: "),
+        (["--branches", "300"], "branches: "),
+        (["--max-tokens", "0"], "max_tokens: "),
+        (["--prompt", "\udcff"], "text_input: "),
+    ],
+)
+def test_a_demo_that_cannot_be_is_an_error_and_no_traceback(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["demo", *arguments]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {said}")

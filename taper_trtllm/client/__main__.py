@@ -112,17 +112,13 @@ def _demo(client: TaperClient, arguments: argparse.Namespace) -> None:
 
 
 def _demo_stream(client: TaperClient, arguments: argparse.Namespace) -> Stream:
-    options = _options(arguments)
-    if arguments.fork_format is not None:
-        return client.stream(
-            arguments.prompt,
-            arguments.max_tokens or 1024,
-            fork_format=arguments.fork_format,
-            **options,
-        )
-    branches = [
-        branch(f"\n{i}. ", arguments.max_tokens or 64) for i in range(1, arguments.branches + 1)
-    ]
+    options, fork_format = _options(arguments), arguments.fork_format
+    max_tokens = arguments.max_tokens
+    if max_tokens is None:
+        max_tokens = 64 if fork_format is None else 1024
+    if fork_format is not None:
+        return client.stream(arguments.prompt, max_tokens, fork_format=fork_format, **options)
+    branches = [branch(f"\n{i}. ", max_tokens) for i in range(1, arguments.branches + 1)]
     program = client.fork_join(arguments.prompt).serial(32)
     return program.parallel(branches, join="\nIn short: ").serial(32).stream(**options)
 

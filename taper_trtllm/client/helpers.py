@@ -19,6 +19,7 @@ from taper_trtllm.client.program import (
 )
 from taper_trtllm.client.results import BranchResult, Generation
 from taper_trtllm.client.sync import TaperClient
+from taper_trtllm.request import RequestError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -201,7 +202,13 @@ def tree_search(
         score: Of the text and the token ids from the root to the branch; the higher, the better.
         score_every: A branch is scored whenever it has decoded so many tokens, and at its end.
         options: See `RequestOptions`; give a `temperature`.
+
+    Raises:
+        RequestError: Nothing could be found: `beam` or `depth` is less than one, for example.
     """
+    for name, value in (("depth", depth), ("beam", beam)):
+        if value < 1:
+            raise RequestError(name, f"must be at least 1 (got {value})")
     root = client.fork_join(prompt)
     program = root.parallel(_level(width, depth, step_tokens), allow_branch_cancel=True)
     tree = _SearchTree(beam, score)

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from pydantic import ValidationError
+
 from taper_trtllm.client.wire import OPTION_NAMES
-from taper_trtllm.request import Branch, JoinMode, ParallelStage, SerialStage
+from taper_trtllm.request import (
+    JoinMode,
+    ParallelStage,
+    RequestError,
+    SerialStage,
+    first_error,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -73,9 +82,9 @@ class Program:
         """Then decode up to `max_tokens` tokens, or to a stop token.
 
         Raises:
-            pydantic.ValidationError: `max_tokens` is not a positive integer.
+            RequestError: `max_tokens` is not a positive integer.
         """
-        return self._then(SerialStage(max_tokens=max_tokens))
+        return self._then(SerialStage, max_tokens=max_tokens)
 
     def parallel(
         self,
@@ -93,23 +102,24 @@ class Program:
                 without them (`AsyncStream.cancel_branch`).
 
         Raises:
-            pydantic.ValidationError: There is no branch, or too many; or one of them is empty.
+            RequestError: There is no branch, or too many; or one of them is empty.
         """
         return self._then(
-            ParallelStage(
-                branches=tuple(
-                    Branch(**_text_or_ids("header", b.header), stages=b.stages) for b in branches
-                ),
-                **_text_or_ids("join", join),
-                allow_branch_cancel=allow_branch_cancel,
-            )
+            ParallelStage,
+            branches=[{**_text_or_ids("header", b.header), "stages": b.stages} for b in branches],
+            **_text_or_ids("join", join),
+            allow_branch_cancel=allow_branch_cancel,
         )
 
     def stages_json(self) -> str:
         """The `stages` tensor."""
         return json.dumps([stage.model_dump(exclude_none=True) for stage in self.stages])
 
-    def _then(self, stage: SerialStage | ParallelStage) -> Self:
+    def _then(self, kind: type[SerialStage | ParallelStage], **fields: Any) -> Self:
+        try:
+            stage = kind(**fields)
+        except ValidationError as error:
+            raise first_error(error) from None
         return dataclasses.replace(self, stages=(*self.stages, stage))
 
 
@@ -136,16 +146,31 @@ def request_tensors(prompt: TextOrIds, options: RequestOptions) -> dict[str, Any
 
     Raises:
         TypeError: There is no such option.
+        RequestError: One that is not a tensor cannot be used.
     """
     unknown = options.keys() - RequestOptions.__annotations__.keys()
     if unknown:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}")
+    request_id, deadline_s = options.get("request_id"), options.get("deadline_s")
+    if request_id is not None and not _is_text(request_id):
+        raise RequestError("request_id", f"must be text (got {request_id!r:.80})")
+    if deadline_s is not None and not _is_number(deadline_s):
+        raise RequestError("deadline_s", f"must be a number (got {deadline_s!r:.80})")
     tensors = {
         _TENSOR_OF_OPTION.get(name, name): value
         for name, value in options.items()
         if name not in _NOT_TENSORS
     }
     return {("text_input" if isinstance(prompt, str) else "input_ids"): prompt, **tensors}
+
+
+def _is_text(value: object) -> bool:
+    """Whether it can be sent as UTF-8."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not math.isnan(value)
 
 
 def _text_or_ids(name: str, value: TextOrIds) -> dict[str, Any]:

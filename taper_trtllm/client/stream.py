@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 import uuid
@@ -32,6 +33,7 @@ from taper_trtllm.client.wire import (
 from taper_trtllm.request import RequestError
 
 _CONTROL_TIMEOUT_S = 30.0  # a server that does not even answer this is lost
+_LONGEST_S = 1e9  # what gRPC cannot count, it takes to be over
 
 
 class AsyncStream:
@@ -64,6 +66,7 @@ class AsyncStream:
         self._deadline_s = deadline_s
         self._transcript = TranscriptBuilder(request_id)
         self._events: asyncio.Queue[Event | None] = asyncio.Queue()
+        self._ends_s = math.inf
         self._has_begun = False
         self._generation: Generation | None = None
         self._error: Exception | None = None
@@ -77,9 +80,13 @@ class AsyncStream:
             RequestError: A value cannot be sent.
             ServerUnavailableError: The server is not there.
             DeadlineExceededError: So far it is not.
+            RuntimeError: It was sent before.
         """
+        if self._reader is not None:
+            raise RuntimeError("a stream is sent once; ask the client for another one")
         inputs = input_tensors(**self._tensors)
-        started_s = time.monotonic()
+        if self._deadline_s is not None:
+            self._ends_s = time.monotonic() + min(self._deadline_s, _LONGEST_S)
         try:
             await asyncio.wait_for(self._connection.connect(), self._deadline_s)
         except asyncio.TimeoutError:
@@ -88,7 +95,7 @@ class AsyncStream:
             ) from None
         left_s = None
         if self._deadline_s is not None:
-            left_s = max(0.0, started_s + self._deadline_s - time.monotonic())
+            left_s = max(0.0, self._ends_s - time.monotonic())
         self._call = self._connection.send(inputs, self.request_id, left_s)
         self._reader = asyncio.create_task(self._read())
         return self
@@ -116,8 +123,7 @@ class AsyncStream:
             DeadlineExceededError: So for the other errors of `client.errors`.
             RuntimeError: The context was not entered.
         """
-        if self._reader is None:
-            raise RuntimeError("a stream is sent by `with`: `with client.stream(...) as stream:`")
+        self._check_sent()
         event = await self._events.get()
         if event is None:
             self._events.put_nowait(None)  # for whoever asks again
@@ -155,9 +161,11 @@ class AsyncStream:
             branch_paths: Of branches of parallel stages that allow it (`allow_branch_cancel`).
 
         Raises:
-            RequestError: The request has not begun.
+            RequestError: The request has not begun, or there are too many branches.
             TaperClientError: The server cannot be asked.
+            RuntimeError: The context was not entered.
         """
+        self._check_sent()
         inputs = input_tensors(
             cancel_request_id=self.request_id, cancel_branch_paths=list(branch_paths)
         )
@@ -169,8 +177,14 @@ class AsyncStream:
                     refusals.append(self._refusal(error.message()))
         except grpc.aio.AioRpcError as error:
             raise self._lost(error) from None
-        if refusals and not self._has_begun:  # otherwise it has ended meanwhile
-            raise refusals[0]
+        for refusal in refusals:
+            is_not_open = getattr(refusal, "field", None) == "cancel_request_id"
+            if not (is_not_open and self._has_begun):  # otherwise it has ended meanwhile
+                raise refusal
+
+    def _check_sent(self) -> None:
+        if self._reader is None:
+            raise RuntimeError("a stream is sent by `with`: `with client.stream(...) as stream:`")
 
     # ------------------------------------------------------------------------------ reader task
 
@@ -211,7 +225,9 @@ class AsyncStream:
     def _broken(self, error: grpc.aio.AioRpcError) -> Exception:
         if error.code() is grpc.StatusCode.CANCELLED:
             return RequestCancelledError("the request was cancelled", self.transcript)
-        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        # A deadline that passes while the request is sent is an internal error to gRPC.
+        is_over = time.monotonic() >= self._ends_s
+        if is_over or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
             return DeadlineExceededError(
                 f"not done within deadline_s={self._deadline_s:g}; cancelled", self.transcript
             )

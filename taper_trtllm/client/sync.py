@@ -54,8 +54,9 @@ class TaperClient:
 
     def close(self) -> None:
         """Ends the connection; what still runs is cancelled."""
-        self._loop.run(self._async.close())
-        self._loop.stop()
+        if not self._loop.is_closed:
+            self._loop.run(self._async.close())
+            self._loop.stop()
 
     def generate(
         self,
@@ -173,8 +174,20 @@ class _LoopThread:
         )
         self._thread.start()
 
+    @property
+    def is_closed(self) -> bool:
+        """`stop` was called."""
+        return self._loop.is_closed()
+
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Waits for a coroutine; interrupted, it is cancelled."""
+        """Waits for a coroutine; interrupted, it is cancelled.
+
+        Raises:
+            RuntimeError: `stop` was called.
+        """
+        if self.is_closed:
+            coroutine.close()
+            raise RuntimeError("the client is closed")
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()

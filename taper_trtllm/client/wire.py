@@ -76,13 +76,13 @@ def _tensor(name: str, value: Any) -> InferInput:
     try:
         array = given.astype(numpy_type)
         is_same = not np.issubdtype(numpy_type, np.integer) or np.array_equal(array, given)
-    except (OverflowError, TypeError, ValueError):
+        tensor = InferInput(name, list(array.shape), datatype)
+        tensor.set_data_from_numpy(array)
+    except (OverflowError, TypeError, ValueError):  # such as a surrogate without its pair
         is_same = False
     if not is_same:
         name = OPTION_NAMES.get(name, name)
         raise RequestError(name, f"cannot be sent as {datatype} (got {value!r:.80})")
-    tensor = InferInput(name, list(array.shape), datatype)
-    tensor.set_data_from_numpy(array)
     return tensor
 
 
