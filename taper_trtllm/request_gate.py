@@ -93,7 +93,8 @@ class RequestGate:
             self._written_depth(request),
         )
         if footprint > self._capabilities.num_kv_blocks:
-            raise RequestError("stages", "needs more KV cache than the engine has")
+            field = "stages" if request.stages else "max_tokens"
+            raise RequestError(field, "needs more KV cache than the engine has")
 
     def _written_depth(self, request: ForkJoinRequest) -> int:
         name = request.fork_format
@@ -103,7 +104,7 @@ class RequestGate:
         if terms is None:
             known = ", ".join(sorted(self._format_terms))
             reason = f"is not one of {known}" if known else "needs a tokenizer of the served model"
-            raise RequestError("fork_format", f"{name!r} {reason}")
+            raise RequestError("fork_format", f"{name!r:.80} {reason}")
         if terms.refusal is not None:
             raise RequestError("fork_format", f"{name!r} cannot be served: {terms.refusal}")
         if request.join_mode == "kv_merge" and not terms.has_join_text:

@@ -113,7 +113,7 @@ class ResponseStreamer:
             RequestError: No such request is open.
         """
         if self._executor.is_running(request_id) is None:
-            raise RequestError("cancel_request_id", f"{request_id!r} is not open")
+            raise RequestError("cancel_request_id", f"{request_id!r:.80} is not open")
         for path in branch_paths:
             self._executor.cancel_branch(request_id, path)
 

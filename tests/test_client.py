@@ -129,6 +129,13 @@ def test_a_client_is_closed_once_and_says_so():
     client.close()
     with pytest.raises(RuntimeError, match="the client is closed"):
         client.generate("a", 3)
+    with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor(1) as pool:
+        client = TaperClient(f"127.0.0.1:{silent.getsockname()[1]}", connect_timeout_s=60)
+        waiting = pool.submit(client.generate, "a", 3)
+        silent.accept()
+        client.close()
+        with pytest.raises(RuntimeError, match="the client was closed"):
+            waiting.result()
 
 
 def test_an_option_that_there_is_none_of_is_refused():
@@ -406,6 +413,17 @@ def cancel_the_task(client: TaperClient, url: str) -> None:
     asyncio.run(run())
 
 
+def cancel_the_task_on_its_way_out(client: TaperClient, url: str) -> None:
+    async def run() -> None:
+        async with AsyncTaperClient(url) as async_client:
+            with pytest.raises(asyncio.CancelledError):
+                async with async_client.stream(PROMPT, 1900) as stream:
+                    await anext(stream)
+                    asyncio.current_task().cancel()
+
+    asyncio.run(run())
+
+
 def close_the_client(client: TaperClient, url: str) -> None:
     other = TaperClient(url)
     stream = other.stream(PROMPT, 1900).__enter__()
@@ -418,7 +436,7 @@ def close_the_client(client: TaperClient, url: str) -> None:
     "end_early",
     [
         leave_early, cancel, raise_inside, exceed_the_deadline, interrupt, cancel_the_task,
-        close_the_client,
+        cancel_the_task_on_its_way_out, close_the_client,
     ],
 )  # fmt: skip
 def test_whatever_ends_a_request_early_returns_its_blocks(

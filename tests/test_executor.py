@@ -528,7 +528,7 @@ def test_submit_refuses_duplicates_overflow_and_what_can_never_fit():
     executor = make_executor(
         ToyEngine(num_kv_blocks=8), limits=RequestLimits(max_queue_length=2), max_num_requests=1
     )
-    with pytest.raises(RequestError, match="KV cache"):
+    with pytest.raises(RequestError, match="max_tokens: needs more KV cache"):
         executor.submit(plain("huge", 200))
     executor.submit(plain("a"))
     with pytest.raises(RequestError, match="request_id: 'a' is already in use"):

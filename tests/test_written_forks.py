@@ -445,6 +445,9 @@ def test_formats_that_cannot_be_served_are_refused_by_name(path):
         executor.submit(request)
     with pytest.raises(RequestError, match="fork_format: 'other' is not one of toy"):
         executor.submit(request.model_copy(update={"fork_format": "other"}))
+    with pytest.raises(RequestError) as refused:
+        executor.submit(request.model_copy(update={"fork_format": "x" * 100_000}))
+    assert len(str(refused.value)) < 200
     with pytest.raises(RequestError, match="needs a tokenizer"):
         make_executor(ToyEngine()).submit(request)
     foreign = make_talker(ToyEngine(), "taper", fork_format(join_text="\x7f"))

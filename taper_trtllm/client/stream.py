@@ -109,7 +109,7 @@ class AsyncStream:
         """Cancels the request unless it has ended."""
         self.cancel()
         if self._reader is not None:
-            await self._reader
+            await asyncio.wait([self._reader])  # if we are cancelled here, it is not
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self

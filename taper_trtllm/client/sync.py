@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -183,7 +184,7 @@ class _LoopThread:
         """Waits for a coroutine; interrupted, it is cancelled.
 
         Raises:
-            RuntimeError: `stop` was called.
+            RuntimeError: `stop` was called, before or meanwhile.
         """
         if self.is_closed:
             coroutine.close()
@@ -191,6 +192,8 @@ class _LoopThread:
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
         try:
             return future.result()
+        except CancelledError:  # `_end_tasks`
+            raise RuntimeError("the client was closed") from None
         except BaseException:
             future.cancel()
             raise
