@@ -458,6 +458,14 @@ def test_whatever_ends_a_request_early_returns_its_blocks(
 
 
 @pytest.mark.triton
+def test_a_deadline_that_passes_while_the_request_is_sent_is_a_deadline(client: TaperClient):
+    client.generate(PROMPT, 1)
+    for _ in range(200):
+        with pytest.raises(DeadlineExceededError):
+            client.generate(PROMPT, 1, deadline_s=1e-5)
+
+
+@pytest.mark.triton
 def test_leaving_a_stream_that_has_ended_cancels_nothing(
     server: TritonServer, client: TaperClient, serving_config: ServingConfig
 ):

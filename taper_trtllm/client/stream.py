@@ -203,7 +203,7 @@ class AsyncStream:
             self._fail(error)
             self._call.cancel()
         except asyncio.CancelledError:  # what a call that we cancelled raises
-            self._fail(RequestCancelledError("the request was cancelled", self.transcript))
+            self._fail(self._cancelled())
         finally:
             self._events.put_nowait(None)
 
@@ -223,15 +223,25 @@ class AsyncStream:
             self._error = error
 
     def _broken(self, error: grpc.aio.AioRpcError) -> Exception:
+        if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return self._late()
         if error.code() is grpc.StatusCode.CANCELLED:
-            return RequestCancelledError("the request was cancelled", self.transcript)
-        # A deadline that passes while the request is sent is an internal error to gRPC.
-        is_over = time.monotonic() >= self._ends_s
-        if is_over or error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return DeadlineExceededError(
-                f"not done within deadline_s={self._deadline_s:g}; cancelled", self.transcript
-            )
-        return self._lost(error)
+            return self._cancelled()
+        # A deadline that passes while the request is sent can be an internal error to gRPC.
+        return self._late() if self._is_late() else self._lost(error)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() >= self._ends_s
+
+    def _late(self) -> Exception:
+        return DeadlineExceededError(
+            f"not done within deadline_s={self._deadline_s:g}; cancelled", self.transcript
+        )
+
+    def _cancelled(self) -> Exception:
+        if self._is_late():
+            return self._late()
+        return RequestCancelledError("the request was cancelled", self.transcript)
 
     def _lost(self, error: grpc.aio.AioRpcError) -> Exception:
         return ConnectionLostError(
