@@ -33,6 +33,7 @@ from perf.trtllm_fake.decoders import StepOutput
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.fork_format import BoundForkFormat, ForkFormat, ForkLimits
+from taper_trtllm.fork_join import BranchStatus, ForkJoinState
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import (
@@ -45,6 +46,7 @@ from taper_trtllm.request import (
     build_request,
 )  # fmt: skip
 from taper_trtllm.tokenizer import ByteTokenizer
+from taper_trtllm.written_forks import WrittenForks
 
 END_ID = ord("$")
 ALPHABET = b"((((123123!!!)A)" * 5 + bytes([END_ID])
@@ -348,6 +350,26 @@ def test_a_join_goes_on_without_cancelled_branches(drawn, policy, spare, fractio
             assert any(f"{path}.".startswith(f"{g}.") for g in gone)
     assert engine.num_free_blocks == footprint + spare
     assert engine.num_sequences == 0
+
+
+@property_test
+@given(talk=talks, name=st.sampled_from(list(FORMATS)), seed=st.integers(0, 1 << 32))
+def test_what_may_still_be_decoded_covers_the_serial_stages(talk, name, seed):
+    """Else a request that forks again and again would count as one that cannot be saved."""
+    request, _ = talk
+    bound = BoundForkFormat(FORMATS[name], ByteTokenizer())
+    state = ForkJoinState(request, WrittenForks(bound, request.max_tokens, RequestLimits()))
+    rng = random.Random(seed)
+    while not state.is_finished:
+        assert 0 < state.num_remaining_serial_tokens <= state.num_remaining_tokens
+        leaf = rng.choice(state.leaves)
+        if leaf.status is BranchStatus.FORKING:
+            state.fork(leaf)
+        elif leaf.status is BranchStatus.CLOSING:
+            state.close(leaf)
+        else:
+            state.advance(leaf, (rng.choice(ALPHABET),))
+    assert state.num_remaining_tokens == state.num_remaining_serial_tokens == 0
 
 
 def cancellable(stages):
