@@ -340,12 +340,12 @@ class TaperExecutor:
 
     def _take_notes(self, now_s: float) -> None:
         """Queues what was submitted and ends what was cancelled, since the last turn."""
-        self._take_submissions()
         with self._lock:
             cancelled = set(self._cancellations)
             branches = list(self._branch_cancellations)
             self._cancellations.clear()
             self._branch_cancellations.clear()
+        self._take_submissions()  # after the cancels, so that each of them finds its request
         if not cancelled and not branches:
             return
         open_requests = {r.request.request_id: r for r in [*self._running, *self._waiting]}
