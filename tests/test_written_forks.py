@@ -30,7 +30,7 @@ from test_executor import (
 from toy_engine import ToyEngine, next_token, toy_profile
 
 from perf.trtllm_fake.decoders import StepOutput
-from taper_trtllm.config import SchedulerConfig
+from taper_trtllm.config import ConfigError, SchedulerConfig, ServingConfig, TorchEngineConfig
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.fork_format import BoundForkFormat, ForkFormat, ForkLimits
 from taper_trtllm.fork_join import BranchStatus, ForkJoinState
@@ -401,6 +401,19 @@ def test_only_what_the_program_allows_is_cancelled():
     executor.cancel_branch("unknown", "1.0")
     run_to_end(executor, engine)
     assert collector.tokens("r0") == alone(request)
+
+
+def test_formats_are_read_before_the_model(tmp_path):
+    """A model may take minutes to load, and a checkpoint that is not there is noticed later."""
+    (tmp_path / "formats.yaml").write_text("mine: {base: mine}")
+    toy_profile().save(tmp_path / "profile.json")
+    config = ServingConfig(
+        engine=TorchEngineConfig(model_dir=tmp_path / "nowhere"),
+        profile=tmp_path / "profile.json",
+        fork_formats=tmp_path / "formats.yaml",
+    )
+    with pytest.raises(ConfigError, match=r"formats\.yaml: mine\.base: 'mine'"):
+        TaperExecutor.from_config(config)
 
 
 # ----------------------------------------------------------------------------- compiled engines
