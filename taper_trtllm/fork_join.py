@@ -491,7 +491,8 @@ class ForkJoinState:
         """Ends a branch whose text nobody wants; the join goes on without it.
 
         Returns:
-            What follows; nothing if there is no such branch any more.
+            What follows; nothing if there is no such branch any more. One that has ended and waits
+            for its siblings ends once more, as cancelled.
 
         Raises:
             ValueError: The program does not allow it.

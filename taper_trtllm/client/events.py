@@ -54,7 +54,7 @@ class BranchFinished(BranchEvent):
     """A branch has ended.
 
     Attributes:
-        finish_reason: Why; ``cancelled`` if the client withdrew it.
+        finish_reason: Why; ``cancelled`` if the client withdrew it, even after it had ended.
     """
 
     finish_reason: FinishReason | None

@@ -149,10 +149,11 @@ class AsyncStream:
             self._call.cancel()
 
     async def cancel_branch(self, *branch_paths: str) -> None:
-        """Withdraws branches; those that have ended stay as they are.
+        """Withdraws branches: joins go on without them, also if they have ended before.
 
         Args:
-            branch_paths: Of branches of parallel stages that allow it (`allow_branch_cancel`).
+            branch_paths: Of branches of parallel stages that allow it (`allow_branch_cancel`);
+                those that were joined already stay as they are.
 
         Raises:
             RequestError: The request has not begun.
