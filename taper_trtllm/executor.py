@@ -163,12 +163,13 @@ class TaperExecutor:
                 "profile: required; write one with `python -m engine_build calibrate`"
             )
         profile = load_profile(config.profile)
+        fork_formats = tuple(_bind_fork_formats(config))
         engine = create_engine(config.engine)
         try:
             profile.check_fingerprint(engine.fingerprint)
             executor = cls(
                 engine, profile, config.scheduler, config.limits, config.slo,
-                fork_formats=_bind_fork_formats(config),
+                fork_formats=fork_formats,
             )  # fmt: skip
         except Exception:
             engine.shutdown()  # or its other ranks would wait for ever
@@ -224,9 +225,9 @@ class TaperExecutor:
         self._wake.set()
 
     def cancel_branch(self, request_id: str, branch_path: str) -> None:
-        """Ends a branch before the next step; the join goes on without it.
+        """Ends a branch before the next step; the join goes on without it, also if it has ended.
 
-        Branches that are gone, or that the program does not allow to cancel, are ignored.
+        Branches that were joined, or that the program does not allow to cancel, are ignored.
         """
         with self._lock:
             self._branch_cancellations.append((request_id, branch_path))
@@ -340,12 +341,12 @@ class TaperExecutor:
 
     def _take_notes(self, now_s: float) -> None:
         """Queues what was submitted and ends what was cancelled, since the last turn."""
-        self._take_submissions()
         with self._lock:
             cancelled = set(self._cancellations)
             branches = list(self._branch_cancellations)
             self._cancellations.clear()
             self._branch_cancellations.clear()
+        self._take_submissions()  # after the cancels, so that each of them finds its request
         if not cancelled and not branches:
             return
         open_requests = {r.request.request_id: r for r in [*self._running, *self._waiting]}

@@ -90,7 +90,8 @@ class ForkFormat(_Model):
         branch_header: Text that a branch is given to begin with; ``{id}`` is its outline's id.
         join_text: Text given behind the last branch.
         forced_close: Text given to a branch that ended without `branch_end`.
-        on_no_outlines: A trigger without outlines: decode on serially, or finish the request.
+        on_no_outlines: A trigger without outlines: decode on serially, or finish the branch (of the
+            request itself: the request). So for the next two.
         on_duplicate_ids: Outlines with equal ids: the first of each, all of them, or no fork.
         on_too_many: More outlines than branches are allowed: the first ones, or no fork.
         limits: How far it may go.
@@ -216,7 +217,7 @@ class Refusal:
 
     Attributes:
         reason: Why.
-        finish: The request ends; else the branch decodes on serially.
+        finish: The branch ends; else it decodes on serially.
     """
 
     reason: ForkRefusalReason

@@ -14,10 +14,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from taper_trtllm.config import ConfigError
 from taper_trtllm.fork_format import FORMATS, ForkFormat
 
 
-class ForkFormatError(ValueError):
+class ForkFormatError(ConfigError):
     """Fork formats that cannot be used, naming format and field."""
 
 

@@ -339,8 +339,7 @@ class ForkJoinState:
         if isinstance(fork, Refusal):
             return ("stop" if fork.finish else None), fork
         before = node.program[: node.stage_index]
-        node.program = (*before, SerialStage(max_tokens=len(node.tokens)), *fork.stages)
-        self._num_output_bound -= fork.num_given
+        node.program = (*before, SerialStage(max_tokens=len(node.tokens)), *fork)
         return "fork", None
 
     # ------------------------------------------------------------------------------- stages
@@ -360,6 +359,9 @@ class ForkJoinState:
         node.stage_end = num_tokens + left
         if node is self.root:
             self.num_remaining_serial_tokens = left
+            # Given texts have taken their part by now, and end tokens have given theirs back.
+            unused = node.written.max_tokens - num_tokens
+            self._num_output_bound = self.num_output_tokens + unused
 
     def _next_stage(self, node: BranchNode, reason: FinishReason, events: list[Event]) -> None:
         if isinstance(node.stage, SerialStage):

@@ -29,13 +29,14 @@ def serial_footprint_blocks(
 ) -> int:
     """Blocks that a request holds at most when its branches run one after another.
 
-    Its distinct tokens never exceed prompt plus everything appended. At each nesting level the
-    running branch and the finished branch 0, which the join takes over, end in a block of their
-    own. `written_depth` is how deep the model may nest forks that it writes itself.
+    Its distinct tokens never exceed prompt plus everything appended. At each nesting level three
+    blocks come on top: the one in which the parent ends, which the children copy; and of the
+    finished branch 0, which the join takes over, the copy and the one in which it ends.
+    `written_depth` is how deep the model may nest forks that it writes itself.
     """
     total = num_prompt_tokens + max_context_tokens(program)
     depth = max(fork_depth(program), written_depth)
-    return -(-total // tokens_per_block) + 2 * depth + 1
+    return -(-total // tokens_per_block) + max(1, 3 * depth)
 
 
 class KvBudget:

@@ -75,20 +75,6 @@ class WrittenBranch:
         return None
 
 
-@dataclass(frozen=True, slots=True)
-class WrittenFork:
-    """The stages that a fork brings.
-
-    Attributes:
-        stages: The parallel one, whose join text is known at the join only, and the serial one
-            after it, with the least that it may decode.
-        num_given: Tokens set aside for headers, closing texts and the join text.
-    """
-
-    stages: tuple[ParallelStage, SerialStage]
-    num_given: int
-
-
 class WrittenForks:
     """Forks of one request.
 
@@ -140,7 +126,7 @@ class WrittenForks:
         sighting: Sighting,
         num_tokens: int,
         num_critical: int,
-    ) -> WrittenFork | Refusal:
+    ) -> tuple[ParallelStage, SerialStage] | Refusal:
         """Divides what is left of a branch among the branches that it wrote and itself.
 
         Args:
@@ -150,7 +136,8 @@ class WrittenForks:
             num_critical: Of them, those on its longest path of decoded ones.
 
         Returns:
-            The stages to come, or why there are none.
+            The stages to come, or why there are none: the parallel one, whose join text is known at
+            the join only, and the serial one after it, with the least that it may decode.
         """
         max_branches = min(self._max_branches, branch.max_leaves)
         chosen = choose_branches(self._bound.format, sighting.outline_ids, max_branches)
@@ -181,8 +168,7 @@ class WrittenForks:
         )
         left = branch.max_tokens - num_tokens - num_given - share * len(chosen)
         branches = tuple(Branch(header_ids=tuple(h), max_tokens=share) for h in headers)
-        stages = (ParallelStage(branches=branches), SerialStage(max_tokens=left))
-        return WrittenFork(stages, num_given)
+        return ParallelStage(branches=branches), SerialStage(max_tokens=left)
 
     def join(
         self, branch: WrittenBranch, texts: Sequence[Sequence[int]], *, takes_first: bool

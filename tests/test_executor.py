@@ -220,6 +220,47 @@ def test_cancel_and_failure_end_one_family_and_spare_the_others(drawn, policy, s
     assert engine.num_sequences == 0
 
 
+def test_a_cancel_that_comes_during_intake_finds_its_request():
+    engine, collector = ToyEngine(), Collector()
+    executor = make_executor(engine)
+    live = executor._live
+
+    def submit_meanwhile(submission):
+        """As another thread may."""
+        if submission.request.request_id == "first":
+            executor.submit(plain("second"), collector)
+            executor.cancel("second")
+        return live(submission)
+
+    executor._live = submit_meanwhile
+    executor.submit(plain("first"), collector)
+    run_to_end(executor, engine)
+    assert collector.last("first").finish_reason == "completed"
+    assert collector.last("second").finish_reason == "cancelled"
+
+
+def chain(depth: int) -> tuple[SerialStage | ParallelStage, ...]:
+    """Of two branches the second forks again, each time one token into a block."""
+    if depth == 0:
+        return (SerialStage(max_tokens=2),)
+    branches = (Branch(max_tokens=2), Branch(stages=chain(depth - 1)))
+    return (SerialStage(max_tokens=16), ParallelStage(branches=branches))
+
+
+@pytest.mark.parametrize("depth", range(4))
+def test_a_serial_execution_holds_no_more_than_its_footprint(depth):
+    for num_prompt in range(1, 18):
+        request = plain("r0", prompt=num_prompt)
+        request = request.model_copy(update={"stages": chain(depth), "max_tokens": None})
+        engine = ToyEngine(num_kv_blocks=100, tokens_per_block=16)
+        executor = make_executor(engine, "irp-off")
+        executor.submit(request, Collector())
+        footprint = serial_footprint_blocks(num_prompt, request.program, 16)
+        while executor.num_open_requests:
+            executor.run_once()
+            assert 100 - engine.num_free_blocks <= footprint
+
+
 @property_test
 @given(
     drawn=st.lists(requests(), min_size=1, max_size=4),

@@ -30,9 +30,10 @@ from test_executor import (
 from toy_engine import ToyEngine, next_token, toy_profile
 
 from perf.trtllm_fake.decoders import StepOutput
-from taper_trtllm.config import SchedulerConfig
+from taper_trtllm.config import ConfigError, SchedulerConfig, ServingConfig, TorchEngineConfig
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.fork_format import BoundForkFormat, ForkFormat, ForkLimits
+from taper_trtllm.fork_join import BranchStatus, ForkJoinState
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import (
@@ -45,6 +46,7 @@ from taper_trtllm.request import (
     build_request,
 )  # fmt: skip
 from taper_trtllm.tokenizer import ByteTokenizer
+from taper_trtllm.written_forks import WrittenForks
 
 END_ID = ord("$")
 ALPHABET = b"((((123123!!!)A)" * 5 + bytes([END_ID])
@@ -352,6 +354,26 @@ def test_a_join_goes_on_without_cancelled_branches(drawn, policy, spare, fractio
     assert engine.num_sequences == 0
 
 
+@property_test
+@given(talk=talks, name=st.sampled_from(list(FORMATS)), seed=st.integers(0, 1 << 32))
+def test_what_may_still_be_decoded_covers_the_serial_stages(talk, name, seed):
+    """Else a request that forks again and again would count as one that cannot be saved."""
+    request, _ = talk
+    bound = BoundForkFormat(FORMATS[name], ByteTokenizer())
+    state = ForkJoinState(request, WrittenForks(bound, request.max_tokens, RequestLimits()))
+    rng = random.Random(seed)
+    while not state.is_finished:
+        assert 0 < state.num_remaining_serial_tokens <= state.num_remaining_tokens
+        leaf = rng.choice(state.leaves)
+        if leaf.status is BranchStatus.FORKING:
+            state.fork(leaf)
+        elif leaf.status is BranchStatus.CLOSING:
+            state.close(leaf)
+        else:
+            state.advance(leaf, (rng.choice(ALPHABET),))
+    assert state.num_remaining_tokens == state.num_remaining_serial_tokens == 0
+
+
 def cancellable(stages):
     return stages and tuple(
         stage
@@ -381,6 +403,19 @@ def test_only_what_the_program_allows_is_cancelled():
     executor.cancel_branch("unknown", "1.0")
     run_to_end(executor, engine)
     assert collector.tokens("r0") == alone(request)
+
+
+def test_formats_are_read_before_the_model(tmp_path):
+    """A model may take minutes to load, and a checkpoint that is not there is noticed later."""
+    (tmp_path / "formats.yaml").write_text("mine: {base: mine}")
+    toy_profile().save(tmp_path / "profile.json")
+    config = ServingConfig(
+        engine=TorchEngineConfig(model_dir=tmp_path / "nowhere"),
+        profile=tmp_path / "profile.json",
+        fork_formats=tmp_path / "formats.yaml",
+    )
+    with pytest.raises(ConfigError, match=r"formats\.yaml: mine\.base: 'mine'"):
+        TaperExecutor.from_config(config)
 
 
 # ----------------------------------------------------------------------------- compiled engines

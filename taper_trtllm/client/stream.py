@@ -155,7 +155,7 @@ class AsyncStream:
             self._call.cancel()
 
     async def cancel_branch(self, *branch_paths: str) -> None:
-        """Withdraws branches; those that have ended stay as they are.
+        """Withdraws branches: joins go on without them. Those that have ended stay as they are.
 
         Args:
             branch_paths: Of branches of parallel stages that allow it (`allow_branch_cancel`).

@@ -36,11 +36,16 @@ def prefix_groups(tables: Sequence[array[int]], min_saved_blocks: int) -> list[P
     """
     order = sorted(range(len(tables)), key=tables.__getitem__)
     common = [_common_blocks(tables[a], tables[b]) for a, b in pairwise(order)]
-    cuts = _cuts(0, len(order), common, min_saved_blocks)
-    best = max(cuts.values(), key=lambda cut: cut.saved)
+    # Families share nothing: each is cut by itself.
+    ends = [i for i, num_blocks in enumerate(common, 1) if num_blocks == 0]
+    best = [
+        max(_cuts(first, end, common, min_saved_blocks).values(), key=lambda cut: cut.saved)
+        for first, end in pairwise([0, *ends, len(order)])
+    ]
     return [
         PrefixGroup(tuple(order[i] for i in members), num_blocks)
-        for members, num_blocks in best.groups
+        for cut in best
+        for members, num_blocks in cut.groups
     ]
 
 
