@@ -225,9 +225,9 @@ class TaperExecutor:
         self._wake.set()
 
     def cancel_branch(self, request_id: str, branch_path: str) -> None:
-        """Ends a branch before the next step; the join goes on without it, also if it has ended.
+        """Ends a branch before the next step; the join goes on without it.
 
-        Branches that were joined, or that the program does not allow to cancel, are ignored.
+        Branches that have ended, or that the program does not allow to cancel, are ignored.
         """
         with self._lock:
             self._branch_cancellations.append((request_id, branch_path))
