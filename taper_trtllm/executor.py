@@ -295,13 +295,23 @@ class TaperExecutor:
     def _plan(self, now_s: float) -> PlannedStep:
         while True:
             self._start_waiting(now_s)
-            for request in self._running:
-                if request.family in self._sequences.changed:
-                    request.fork_and_close_where_ready(self._sequences)
+            changed = [r for r in self._running if r.family in self._sequences.changed]
+            if not all(self._fork_and_close(request) for request in changed):
+                continue  # one has ended: its place is free
             planned = self._planner.plan(self._running, now_s)
             if not planned.plan.is_empty or not planned.num_preempted:
                 return planned
             # All that could run was suspended; it comes back with a full reservation.
+
+    def _fork_and_close(self, request: LiveRequest) -> bool:
+        """False if it had to end, because the engine does not take its branches."""
+        try:
+            request.fork_and_close_where_ready(self._sequences)
+        except ValueError as error:
+            logger.exception("request %r cannot fork", request.request.request_id)
+            self._finish(request, "error", error=str(error))
+            return False
+        return True
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Takes no more requests and runs those that are open, until done or out of time."""
@@ -443,7 +453,7 @@ class TaperExecutor:
         self._learn(planned, result, step_ms)
         owners = {request.family: request for request in self._running}
         failures = self._failures(owners, result)
-        outputs = self._advance(owners, planned, result)
+        outputs = self._advance(owners, planned, result, failures)
         self._waiting.observe()
         self._deliver(outputs, failures, step_ms, result)
         record = self._record(planned, result, started_s, planned_s, step_ms)
@@ -499,14 +509,25 @@ class TaperExecutor:
         return failures
 
     def _advance(
-        self, owners: dict[int, LiveRequest], planned: PlannedStep, result: StepResult
+        self,
+        owners: dict[int, LiveRequest],
+        planned: PlannedStep,
+        result: StepResult,
+        failures: dict[LiveRequest, str],
     ) -> dict[LiveRequest, list[BranchOutput]]:
+        """New outputs by request; one whose tokens cannot be taken joins the failures."""
         sequences, now_s = self._sequences, result.completed_at_s
-        taken = sequences.observe(planned.decode_rows, planned.plan, result)
-        return {
-            (request := owners[family]): request.take_tokens(sequences, new_tokens, now_s)
-            for family, new_tokens in taken.items()
-        }
+        outputs: dict[LiveRequest, list[BranchOutput]] = {}
+        for family, new_tokens in sequences.observe(
+            planned.decode_rows, planned.plan, result
+        ).items():
+            request = owners[family]
+            try:
+                outputs[request] = request.take_tokens(sequences, new_tokens, now_s)
+            except ValueError as error:
+                logger.exception("request %r cannot go on", request.request.request_id)
+                failures.setdefault(request, str(error))
+        return outputs
 
     def _deliver(
         self,

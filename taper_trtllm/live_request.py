@@ -380,9 +380,7 @@ class LiveRequest:
         is_over = node.status is BranchStatus.DONE and (
             node.parent is None or not self._is_kept(node)
         )
-        if (
-            parent is None or is_over
-        ):  # nothing follows in this sequence: nothing is computed for it
+        if parent is None or is_over:  # nothing follows in it, so nothing is computed for it
             for child in filter(None, children):
                 sequences.release(child)
             return

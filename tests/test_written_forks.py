@@ -418,6 +418,45 @@ def test_formats_are_read_before_the_model(tmp_path):
         TaperExecutor.from_config(config)
 
 
+class OddTokenizer(ByteTokenizer):
+    """Has a digit outside the model's vocabulary."""
+
+    def encode(self, text, *, add_special_tokens):
+        return [200 if i == ord("3") else i for i in super().encode(text, add_special_tokens=False)]
+
+
+def test_a_fork_that_the_engine_does_not_take_ends_its_request_alone():
+    engine, form = TalkingEngine(), FORMATS["tokens"]
+    config = SchedulerConfig(max_batch_size=64)
+    bound = [BoundForkFormat(form, OddTokenizer())]
+    slo = SloTarget(ttft_ms=200, tpot_ms=8)
+    executor = TaperExecutor(
+        engine, toy_profile(), config, RequestLimits(), slo, fork_formats=bound
+    )
+    collector = Collector()
+    batch = [
+        ForkJoinRequest(
+            request_id=f"r{i}", input_ids=(i, 7), max_tokens=300, fork_format="toy", events=True,
+            sampling=SamplingParams(end_id=END_ID),
+        )
+        for i in range(20)
+    ]  # fmt: skip
+    for request in batch:
+        executor.submit(request, collector)
+    while executor.num_open_requests:
+        executor.run_once()
+        engine.check_integrity()
+    ends = Counter(collector.last(request.request_id).finish_reason for request in batch)
+    assert ends.keys() == {"completed", "error"}
+    for request in batch:
+        last = collector.last(request.request_id)
+        if last.finish_reason == "error":
+            assert "token ids must be in [0, 97)" in last.error
+        else:
+            assert decoded(collector.outputs[request.request_id]) == Alone(request, form).outputs
+    assert engine.num_sequences == 0 and engine.num_free_blocks == 256
+
+
 # ----------------------------------------------------------------------------- compiled engines
 
 
