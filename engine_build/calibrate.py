@@ -37,6 +37,7 @@ _MAX_CHECK_WIDTH = 64
 # However short the time is:
 _LEAST_REPETITIONS = 2
 _LEAST_CHECKS = 12
+_CHECK_SAMPLES = 3
 _DECODE_SHARE, _PREFILL_SHARE, _CHECK_SHARE = 0.6, 0.2, 0.2  # of the time
 
 
@@ -189,8 +190,10 @@ class Calibrator:
         return -(-tokens // self.engine.capabilities.tokens_per_block) + 1  # where a fork begins
 
     def _num_tokens_per_level(self) -> int:
-        num_decodes = len(self.grid.widths) * (self.grid.repetitions + 1) + 1
-        return self._meter.num_tokens_of(num_decodes)
+        return self._meter.num_tokens_of(self._num_decodes_per_level())
+
+    def _num_decodes_per_level(self) -> int:
+        return len(self.grid.widths) * (self.grid.repetitions + 1) + 1
 
     def _measure_decode(self) -> list[DecodePoint]:
         """Points of widths that were measured at two contexts at least.
@@ -347,18 +350,25 @@ class Calibrator:
         predictor = StepLatencyPredictor(profile, self.engine.capabilities.max_batch_size)
         longest, most = self._widest_check(profile)
         logs = self._rng.uniform(math.log(min(self.grid.contexts)), math.log(longest), size=most)
-        sequences = self._make_sequences([round(c) for c in np.exp(logs)])
+        lengths = [round(c) for c in np.exp(logs)]
+        sequences: list[int] = []
+        num_decodes_left = 0  # until the sequences outgrow what the grid had memory for
         errors, gaps, externalities = [], [], []
         pace = self._pace(_CHECK_SHARE, 1)
         for index in range(self.grid.num_checks):
             if index >= _LEAST_CHECKS and not pace.has_time(0):
                 break
+            if num_decodes_left < 2 * _CHECK_SAMPLES:
+                self._release(sequences)
+                sequences = self._make_sequences(lengths)
+                num_decodes_left = self._num_decodes_per_level()
+            num_decodes_left -= 2 * _CHECK_SAMPLES
             order = self._rng.permutation(sequences)
             narrow, wide = np.sort(self._rng.integers(1, most + 1, size=2))
             measured, predicted = [], []
             for width in (narrow, wide):
                 samples = []
-                for _ in range(3):
+                for _ in range(_CHECK_SAMPLES):
                     step = self._decode(order[:width])
                     samples.append(step.step_ms)
                 measured.append(float(np.median(samples)))

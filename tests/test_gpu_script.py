@@ -220,6 +220,13 @@ def test_sequences_grow_and_a_short_time_leaves_contexts_out(budget_s, num_conte
     assert report.mape < 0.03 and report.num_checks == (20 if budget_s is None else 12)
 
 
+def test_the_last_check_fits_the_pool_that_the_grid_fits():
+    engine = SimulatedEngine(load_profile(PROFILE), SimulatedConfig(num_kv_blocks=130))
+    grid = Grid((1, 4, 16), (32, 200), (16,), (0,), repetitions=1, num_checks=100)
+    _, report = Calibrator(engine, grid).measure({})
+    assert report.num_checks == 100 and engine.num_free_blocks == 130
+
+
 # ------------------------------------------------------------------------------------- the live run
 
 
