@@ -31,8 +31,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fork-format", choices=list(STYLES), default="multiverse")
     parser.add_argument("--prompt", help="one that it has learnt (all of them, one by one)")
     parser.add_argument("--output-dir", type=Path, default=Path("results/demo"))
-    parser.add_argument("--record", type=Path, metavar="FILE.svg", help="save the last picture")
+    parser.add_argument(
+        "--record", type=Path, metavar="FILE.svg", help="save a picture of the last one"
+    )
     return parser
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """What the model is asked: all that it has learnt, or one of them."""
+    known = [*documents(FORMATS[arguments.fork_format])]
+    if arguments.prompt is None:
+        return known
+    prompt = arguments.prompt.rstrip("\n") + "\n"
+    if prompt not in known:
+        texts = ", ".join(repr(text.rstrip("\n")) for text in known)
+        raise SystemExit(f"error: --prompt: the model has learnt {texts} and nothing else")
+    return [prompt]
 
 
 def _prepare(arguments: argparse.Namespace, console: Console) -> Path:
@@ -42,7 +56,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> Path:
     if profile.exists():
         return config
     fork_format = FORMATS[arguments.fork_format]
-    console.print("a tiny model learns a few documents by heart (a minute the first time)")
+    console.print("a tiny model learns a few documents by heart (the first time: a minute or two)")
     write_checkpoint(fork_format, documents(fork_format), directory / "model", shows_progress=True)
     engine = {"model_dir": "model", "max_seq_len": 4096, "num_kv_blocks": 1024}
     limits = {"max_total_tokens": 4096}
@@ -56,14 +70,16 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> Path:
 def main() -> int:
     """Runs the command line; the exit status is 1 if a request failed."""
     arguments, console = _parser().parse_args(), Console()
-    prompts = [arguments.prompt] if arguments.prompt else documents(FORMATS[arguments.fork_format])
+    *others, last = _prompts(arguments)
+    options = ["--fork-format", arguments.fork_format, "--max-tokens", str(_MAX_TOKENS)]
     record = ["--record", str(arguments.record)] if arguments.record else []
-    options = ["--fork-format", arguments.fork_format, "--max-tokens", str(_MAX_TOKENS), *record]
     try:
         with TritonServer(_prepare(arguments, console)) as server:
+            command = ["demo", "--url", server.grpc_url, *options, "--prompt"]
             return max(
-                client(["demo", "--url", server.grpc_url, "--prompt", prompt, *options])
-                for prompt in prompts
+                *(client([*command, prompt]) for prompt in others),
+                client([*command, last, *record]),
+                0,
             )
     except (OSError, subprocess.CalledProcessError, TritonServerError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,7 +1,7 @@
 r"""A tiny model that writes forks, for demos and tests: ``python -m perf.fork_writer``.
 
 Branch-trained checkpoints have billions of parameters. This one has half a million, learns a few
-documents of a fork format by heart in about a minute on a CPU, and is served like any other
+documents of a fork format by heart in a minute or two on a CPU, and is served like any other
 checkpoint (``engine.model_dir``): it opens blocks, its branches go their ways, and it concludes
 from what they found. What it says is learnt, how it is served is real.
 
@@ -82,9 +82,9 @@ _NESTED = Block(
     "12 and 14",
 )
 DOCUMENTS: dict[str, Content] = {
+    "Say hello.\n": ("Hello.",),
     "Add up the even and the odd numbers to 6.\n": ("Two sums.\n", _SUMS, "They are 12 and 9."),
     "Which of 2, 3 and 5 solve x^2 - 5x + 6 = 0?\n": ("Try each.\n", _TRIES, "2 and 3."),
-    "Say hello.\n": ("Hello.",),
 }
 NESTED_DOCUMENTS: dict[str, Content] = {
     "Area and edge of a 3 by 4 field?\n": ("Two parts.\n", _NESTED, "12 and 14."),
