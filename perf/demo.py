@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import yaml
 from rich.console import Console
 
 from perf.fork_writer import STYLES, documents, write_checkpoint
+from perf.host_time import HostTimeError, calibrate
 from taper_trtllm.client.__main__ import main as client
 from taper_trtllm.fork_format import FORMATS
 from taper_trtllm.triton_install import TritonServerError
@@ -62,8 +62,7 @@ def _prepare(arguments: argparse.Namespace, console: Console) -> Path:
     limits = {"max_total_tokens": 4096}
     serving = {"engine": engine, "limits": limits, "profile": profile.name}
     config.write_text(yaml.safe_dump(serving))
-    command = [sys.executable, "-m", "engine_build", "calibrate", "--config", str(config)]
-    subprocess.run([*command, "--output", str(profile)], check=True)
+    calibrate(profile, config)
     return config
 
 
@@ -81,7 +80,7 @@ def main() -> int:
                 client([*command, last, *record]),
                 0,
             )
-    except (OSError, subprocess.CalledProcessError, TritonServerError) as error:
+    except (OSError, HostTimeError, TritonServerError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

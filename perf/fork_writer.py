@@ -22,7 +22,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from perf.argument_types import positive_int
-from taper_trtllm.fork_format import FORMATS, ForkFormat
+from taper_trtllm.fork_format import FORMATS, BoundForkFormat, ForkFormat
 
 _BY_HEART = 0.8
 _GROUP = 3  # texts of like length, so that little is padded
@@ -124,6 +124,7 @@ class Lessons:
 
     def __init__(self, fork_format: ForkFormat, tokenizer: Any) -> None:
         self._format = fork_format
+        self._bound = BoundForkFormat(fork_format, tokenizer)  # gives what serving gives
         self._style = STYLES[fork_format.name]
         self._encode = lambda text: tokenizer.encode(text, add_special_tokens=False)
         self.texts: list[tuple[list[int], list[bool]]] = []
@@ -137,29 +138,25 @@ class Lessons:
         own: list[int] = []
         is_own: list[bool] = []
 
-        def write(text: str, *, decoded: bool) -> None:
-            ids = self._encode(text)
+        def take(ids: Sequence[int], *, decoded: bool) -> None:
             own.extend(ids)
             is_own.extend([decoded] * len(ids))
 
         for part in content:
             if isinstance(part, str):
-                write(part, decoded=True)
+                take(self._encode(part), decoded=True)
                 continue
-            write(self._opening(part), decoded=True)
+            take(self._encode(self._opening(part)), decoded=True)
             at_fork = [*context, *own]
             for index, branch in enumerate(part.branches):
-                header = self._format.branch_header.replace("{id}", str(index + 1))
-                first = self._encode(self._format.separator_first + header)
-                text = self._branch([*at_fork, *first], branch, self._format.branch_end)
-                between = self._format.separator_next if index else self._format.separator_first
-                write(between + header, decoded=False)
-                own.extend(text)
-                is_own.extend([False] * len(text))
-            write(self._format.join_text, decoded=False)
+                header = self._bound.branch_header_ids(str(index + 1))
+                text = self._branch([*at_fork, *header], branch, self._format.branch_end)
+                joined = self._bound.joined_header_ids(str(index + 1)) if index else header
+                take((*joined, *text), decoded=False)
+            take(self._bound.join_ids(), decoded=False)
             shown = part.conclusion if "<" in self._format.join_text else ""
-            write(shown + self._style.closing, decoded=True)
-        write(end, decoded=True)
+            take(self._encode(shown + self._style.closing), decoded=True)
+        take(self._encode(end), decoded=True)
         self.texts.append(([*context, *own], [False] * len(context) + is_own))
         return own
 

@@ -101,6 +101,20 @@ def add_host_time(path: Path, base: ServingConfig) -> LatencyProfile:
     return completed
 
 
+def calibrate(path: Path, config: Path | None) -> None:
+    """Measures the engine of a configuration, the default one if None, in a process of its own.
+
+    Raises:
+        HostTimeError: The calibration failed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "engine_build", "calibrate", "--output", str(path)]
+    if config is not None:
+        command += ["--config", str(config)]
+    if subprocess.run(command).returncode:
+        raise HostTimeError("the calibration failed")
+
+
 def measure_profile(path: Path, base: ServingConfig, config: Path | None, console: Console) -> None:
     """Measures a profile anew: the engine in a process of its own, then in the running server.
 
@@ -114,12 +128,7 @@ def measure_profile(path: Path, base: ServingConfig, config: Path | None, consol
         HostTimeError: The calibration failed.
         TritonServerError, ServerUnavailableError: See `measure_host_ms`.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "engine_build", "calibrate", "--output", str(path)]
-    if config is not None:
-        command += ["--config", str(config)]
-    if subprocess.run(command).returncode:
-        raise HostTimeError("the calibration failed")
+    calibrate(path, config)
     with console.status(_STATUS):
         profile = add_host_time(path, base)
     console.print(f"host time: {profile.provenance['host_ms']} ms per step, in {path}")

@@ -30,7 +30,6 @@ from taper_trtllm.engines.base import (
 )
 from taper_trtllm.fork_format import FORMATS, BoundForkFormat
 from taper_trtllm.fork_format_file import load_fork_formats
-from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.live_request import LiveRequest, OutputCallback
 from taper_trtllm.output import BranchOutput, FinishReason, RequestOutput, StepProgress
 from taper_trtllm.planner import PlannedStep, StepPlanner
@@ -390,7 +389,7 @@ class TaperExecutor:
         return LiveRequest(
             request,
             family=next(self._families),
-            num_reserved_blocks=max(1, int(fraction * self._footprint_blocks(request))),
+            num_reserved_blocks=max(1, int(fraction * self._gate.footprint_blocks(request))),
             tracker=SlackTracker(slo, submission.arrival_s, self._scheduler.margin),
             on_output=submission.on_output,
             arrival_s=submission.arrival_s,
@@ -404,15 +403,6 @@ class TaperExecutor:
         assert request.max_tokens is not None
         bound = self._fork_formats[request.fork_format]
         return WrittenForks(bound, request.max_tokens, self._limits)
-
-    def _footprint_blocks(self, request: ForkJoinRequest) -> int:
-        terms = self.format_terms.get(request.fork_format or "")
-        return serial_footprint_blocks(
-            len(request.input_ids),
-            request.program,
-            self._engine.capabilities.tokens_per_block,
-            0 if terms is None else terms.max_depth,
-        )
 
     def _start_waiting(self, now_s: float) -> None:
         """Starts waiting requests in their order, while slots and KV allow it."""
@@ -439,7 +429,7 @@ class TaperExecutor:
         self._waiting.forget(request)
         self._waiting.put_back(request)  # before the engine: it is in one of the lists
         request.suspend(self._sequences)
-        request.num_reserved_blocks = self._footprint_blocks(request.request)
+        request.num_reserved_blocks = self._gate.footprint_blocks(request.request)
 
     # ----------------------------------------------------------------------------- observe
 

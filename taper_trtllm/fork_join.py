@@ -187,6 +187,11 @@ class JoinEvent:
     suffix_ids: tuple[int, ...]
     join_ids: tuple[int, ...]
 
+    @property
+    def taken_over(self) -> tuple[BranchNode, ...]:
+        """Children whose tokens and KV the node goes on behind, in order."""
+        return self.merged if self.first_child is None else (self.first_child,)
+
 
 Event = TokenEvent | RefusedForkEvent | DoneEvent | CloseEvent | JoinEvent
 
@@ -435,8 +440,7 @@ class ForkJoinState:
         num_generated = node.num_generated + sum(
             child.num_generated - child.has_end_token for child in children
         )
-        taken_over = event.merged if event.first_child is None else (event.first_child,)
-        node.tokens.extend(token for child in taken_over for token in child.tokens)
+        node.tokens.extend(token for child in event.taken_over for token in child.tokens)
         node.tokens.extend(event.suffix_ids)
         node.num_given = len(node.tokens) - num_generated
         node.num_off_path = len(node.tokens) - num_critical

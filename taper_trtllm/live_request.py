@@ -23,7 +23,7 @@ from taper_trtllm.fork_join import (
     TokenEvent,
 )
 from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput
-from taper_trtllm.request import ForkJoinRequest
+from taper_trtllm.request import ForkJoinRequest, SamplingParams
 from taper_trtllm.sequence_table import LiveSequence, NewTokens, SequenceTable
 from taper_trtllm.slo import SlackTracker
 from taper_trtllm.written_forks import WrittenForks
@@ -93,6 +93,7 @@ class LiveRequest:
         self.protected: LiveSequence | None = None
         self._max_width = max_width
         self._written = written
+        self._sampling = _stopping_at_tags(request.sampling, written)
         self._merges = request.join_mode == "kv_merge"
         self._num_prompt_tokens = 0
         self._sequences: dict[BranchNode, LiveSequence] = {}
@@ -182,13 +183,8 @@ class LiveRequest:
         """Each branch draws from a seed of its own, so equal branches differ."""
         seed = f"{self.request.sampling.seed}/{node.path}".encode()
         digest = hashlib.blake2b(seed, digest_size=8).digest()
-        sampling = self.request.sampling
-        tag_ids = () if self._written is None else self._written.tag_ids
-        if tag_ids:  # engines that draw several tokens at a time must stop at them
-            stop_ids = tuple({*sampling.stop_token_ids, *tag_ids})
-            sampling = sampling.model_copy(update={"stop_token_ids": stop_ids})
         return SequenceParams(
-            sampling, int.from_bytes(digest, "little") >> 1, self.request.cache_salt_id
+            self._sampling, int.from_bytes(digest, "little") >> 1, self.request.cache_salt_id
         )
 
     def _note_fork(self, node: BranchNode, children: Iterable[BranchNode]) -> None:
@@ -374,8 +370,7 @@ class LiveRequest:
         node = event.node
         if node in self._unforked:  # its children were dropped, and are not needed any more
             self._unforked.remove(node)
-        taken_over = event.merged if event.first_child is None else (event.first_child,)
-        children = [self._sequences.pop(child, None) for child in taken_over]
+        children = [self._sequences.pop(child, None) for child in event.taken_over]
         parent = self._sequences.get(node)
         is_over = node.status is BranchStatus.DONE and (
             node.parent is None or not self._is_kept(node)
@@ -476,6 +471,14 @@ class LiveRequest:
             join_is_as_trained=None if written is None else written.is_trained_with(join_mode),
             slo_met=met,
         )
+
+
+def _stopping_at_tags(sampling: SamplingParams, written: WrittenForks | None) -> SamplingParams:
+    """Engines that draw several tokens at a time must stop where the model forks."""
+    if written is None or not written.tag_ids:
+        return sampling
+    stop_ids = tuple({*sampling.stop_token_ids, *written.tag_ids})
+    return sampling.model_copy(update={"stop_token_ids": stop_ids})
 
 
 def _event_output(event: RefusedForkEvent | DoneEvent | JoinEvent) -> BranchOutput:

@@ -86,15 +86,22 @@ class RequestGate:
         if request.join_mode == "kv_merge" and not self._capabilities.kv_merge:
             name = self._capabilities.name
             raise RequestError("join_mode", f"'kv_merge' is not supported by engine {name!r}")
-        footprint = serial_footprint_blocks(
+        if self.footprint_blocks(request) > self._capabilities.num_kv_blocks:
+            field = "stages" if request.stages else "max_tokens"
+            raise RequestError(field, "needs more KV cache than the engine has")
+
+    def footprint_blocks(self, request: ForkJoinRequest) -> int:
+        """Worst-case serial footprint (`kv_budget.py`); needs no lock.
+
+        Raises:
+            RequestError: Its fork format cannot be served.
+        """
+        return serial_footprint_blocks(
             len(request.input_ids),
             request.program,
             self._capabilities.tokens_per_block,
             self._written_depth(request),
         )
-        if footprint > self._capabilities.num_kv_blocks:
-            field = "stages" if request.stages else "max_tokens"
-            raise RequestError(field, "needs more KV cache than the engine has")
 
     def _written_depth(self, request: ForkJoinRequest) -> int:
         name = request.fork_format

@@ -52,6 +52,11 @@ class WrittenBranch:
     num_forks: int = 0
     children: tuple[WrittenBranch, ...] = ()
 
+    @property
+    def end_tail(self) -> str:
+        """Text behind its end tag, inside the same token."""
+        return self.tail if self.is_closed else ""
+
     def num_tokens_left(self, num_tokens: int, num_critical: int) -> int:
         """Tokens that it may still decode by itself, of so many."""
         left = self.max_tokens - num_tokens
@@ -187,14 +192,11 @@ class WrittenForks:
         suffix: list[int] = []
         for index, (child, text) in enumerate(zip(branch.children, texts, strict=True)):
             assert child.outline_id is not None
-            if index > 0:
-                suffix += bound.joined_header_ids(child.outline_id, tail)
-            elif not takes_first:
-                suffix += bound.branch_header_ids(child.outline_id, tail)
             if index > 0 or not takes_first:
-                suffix += text
+                header_ids = bound.joined_header_ids if index > 0 else bound.branch_header_ids
+                suffix += (*header_ids(child.outline_id, tail), *text)
             suffix += self.closing_ids(child)
-            tail = child.tail if child.is_closed else ""
+            tail = child.end_tail
         join_ids = tuple(bound.join_ids(tail))
         branch.children = ()
         return [*suffix, *join_ids], join_ids
@@ -205,9 +207,8 @@ class WrittenForks:
 
     def merge(self, branch: WrittenBranch) -> tuple[int, ...]:
         """The join text behind children that stand there as they are, headers included."""
-        last = branch.children[-1]
+        tail = branch.children[-1].end_tail
         branch.children = ()
-        tail = last.tail if last.is_closed else ""
         return self._bound.join_ids(tail) or self._bound.join_ids()  # there is always one
 
     def _num_given_tokens(
