@@ -15,6 +15,10 @@ from taper_trtllm.request import (
 )
 
 token = st.integers(0, 96)
+branch_cancels = st.lists(  # step, request, stage and branch
+    st.tuples(st.integers(0, 40), st.integers(0, 2), st.integers(0, 2), st.integers(0, 3)),
+    max_size=6,
+)
 serial_stage = st.integers(1, 7).map(lambda n: SerialStage(max_tokens=n))
 
 

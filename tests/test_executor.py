@@ -76,6 +76,15 @@ def run_to_end(executor: TaperExecutor, engine: ToyEngine, max_steps: int = 5000
     raise AssertionError("the executor does not come to an end")
 
 
+def run_all(executor: TaperExecutor, engine: ToyEngine, batch: list[ForkJoinRequest]) -> Collector:
+    """Submits the requests together and runs them to their ends."""
+    collector = Collector()
+    for request in batch:
+        executor.submit(request, collector)
+    run_to_end(executor, engine)
+    return collector
+
+
 def alone(
     request: ForkJoinRequest, cancelled: Container[str] = ()
 ) -> dict[tuple[str, int], list[int]]:
@@ -162,10 +171,7 @@ def test_outputs_equal_independent_generation_under_every_schedule(
         kv_reserve_fraction=fraction,
         probe_interval_steps=probe,
     )
-    collector = Collector()
-    for request in batch:
-        executor.submit(request, collector)
-    run_to_end(executor, engine)
+    collector = run_all(executor, engine, batch)
     for request in batch:
         assert collector.last(request.request_id).finish_reason == "completed"
         assert collector.tokens(request.request_id) == alone(request)

@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from merging_toy import Context, MergingEngine, alone
-from programs import requests
+from programs import branch_cancels, requests
 from test_executor import (
     SPECS,
     Collector,
     make_executor,
     named,
     property_test,
+    run_all,
     run_to_end,
     seed_of,
 )
@@ -88,10 +89,7 @@ def test_merged_branches_equal_independent_generation_under_every_schedule(
         max_prefill_tokens=prefill,
         kv_reserve_fraction=fraction,
     )
-    collector = Collector()
-    for request in batch:
-        executor.submit(request, collector)
-    run_to_end(executor, engine)
+    collector = run_all(executor, engine, batch)
     for request in batch:
         last = collector.last(request.request_id)
         assert last.finish_reason == "completed"
@@ -121,12 +119,7 @@ def test_a_merge_goes_on_without_cancelled_branches(drawn, policy, spare, fracti
     collector = Collector()
     for request in batch:
         executor.submit(request, collector)
-    cancels = data.draw(
-        st.lists(
-            st.tuples(st.integers(0, 40), st.integers(0, 2), st.integers(0, 2), st.integers(0, 3)),
-            max_size=6,
-        )
-    )
+    cancels = data.draw(branch_cancels)
     ends = dict(data.draw(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 2)), max_size=1)))
     for step in range(5000):
         for at, index, stage, branch in cancels:

@@ -15,7 +15,7 @@ import test_trtllm_engine as trtllm
 from hypothesis import given
 from hypothesis import strategies as st
 from merging_toy import Context, MergingEngine
-from programs import requests
+from programs import branch_cancels, requests
 from test_executor import (
     SPECS,
     Collector,
@@ -24,6 +24,7 @@ from test_executor import (
     make_executor,
     named,
     property_test,
+    run_all,
     run_to_end,
     seed_of,
 )  # fmt: skip
@@ -288,10 +289,7 @@ def test_written_forks_equal_their_rules_under_every_schedule(
     executor = make_talker(
         engine, policy, form, max_num_requests=slots, kv_reserve_fraction=fraction
     )
-    collector = Collector()
-    for request in batch:
-        executor.submit(request, collector)
-    run_to_end(executor, engine)
+    collector = run_all(executor, engine, batch)
     for request in batch:
         alone = Alone(request, form)
         outputs = collector.outputs[request.request_id]
@@ -319,12 +317,7 @@ def test_a_join_goes_on_without_cancelled_branches(drawn, policy, spare, fractio
     collector = Collector()
     for request in batch:
         executor.submit(request, collector)
-    cancels = data.draw(
-        st.lists(
-            st.tuples(st.integers(0, 40), st.integers(0, 2), st.integers(0, 2), st.integers(0, 3)),
-            max_size=6,
-        )
-    )
+    cancels = data.draw(branch_cancels)
     for step in range(5000):
         for at, index, stage, branch in cancels:
             if at == step:
@@ -498,10 +491,7 @@ def test_places_end_at_tags(path, drawn, name, policy, mode, lease_tokens, spare
     executor = make_lease_talker(
         engine, policy, form, max_num_requests=2, kv_reserve_fraction=fraction
     )
-    collector = Collector()
-    for request in batch:
-        executor.submit(request, collector)
-    run_to_end(executor, engine)
+    collector = run_all(executor, engine, batch)
     for request in batch:
         expected = Alone(request, form)
         outputs = collector.outputs[request.request_id]
