@@ -160,7 +160,7 @@ def load_task(task: Task, directory: Path, scale: Scale) -> TaskRuns | None:
         }
         for run in found["runs"]
     }
-    return TaskRuns(task, found["upper_bound_rps"], runs)
+    return TaskRuns(task, bound_of(task.cell), runs)
 
 
 def save_task(measured: TaskRuns, directory: Path, scale: Scale) -> None:

@@ -7,14 +7,16 @@ and be at least C steps long (its critical path), each on average. Whatever deci
   time      sum y_k t_k <= 1
   decode    sum y_k n_k >= lambda N
   prefill   sum y_k m_k >= lambda M
-  pace      sum y_k >= 1 / tau: a request in decode gets one token per step, so the mean step is its
-            time per token
+  pace      sum y_k >= 1 / (p tau): requests afford a mean step of p tau. One that has a serial
+            stage, plain ones do, gets one token of it per step, so that its p is 1. One that has
+            none draws N_i tokens in C_i steps at least, and meets its time per token with steps of
+            (N_i - 1) / (C_i - 1) tau. 5 % may miss: p is that of the request at this quantile
   memory    sum y_k >= lambda A / K: with s the mean step, a request holds KV for at least C s
             seconds; A is its tokens held x steps, at least reserved x C, and K the pool (Little)
   slots     sum y_k >= lambda C / R for R request slots, likewise
 
 The largest lambda is a linear program. With s = 1 / sum y_k and x_k = s y_k it asks for a mixture
-of kinds with mean time s <= min(tau, K / (lambda A), R / (lambda C)), E[n] >= lambda N s and
+of kinds with mean time s <= min(p tau, K / (lambda A), R / (lambda C)), E[n] >= lambda N s and
 E[m] >= lambda M s. For every price beta >= 0 of a prefill token in decoded ones this implies
 
   lambda <= max over mixtures of E[n + beta m] / s / (N + beta M),
@@ -22,9 +24,8 @@ E[m] >= lambda M s. For every price beta >= 0 of a prefill token in decoded ones
 which one kind, or two that share the time, attain. Each price bounds lambda; the least of them is
 the bound (linear programming duality; prices come from a grid, which can only make it larger).
 
-The bound is approximate: contexts are equal to their mean, the mean step stands for the TPOT of
-every request, and all requests are served, while 5 % may miss. Queueing, and with it the TTFT, is
-absent.
+The bound is approximate: contexts are equal to their mean, every request sees the mean step, and
+those that miss are served too. Queueing, and with it the TTFT, is absent.
 """
 
 from __future__ import annotations
@@ -41,11 +42,12 @@ from perf.simulation import Deployment
 from taper_trtllm.batch import FloatArray, PrefillLoad
 from taper_trtllm.engines.simulated import StepTimes
 from taper_trtllm.kv_budget import serial_footprint_blocks
-from taper_trtllm.request import ForkJoinRequest, ParallelStage, SerialStage
+from taper_trtllm.request import ForkJoinRequest, ParallelStage, SerialStage, max_new_tokens
 
 _SAMPLE = 1000  # requests whose mean stands for the load
 _PRICES = (0.0, *np.geomspace(1e-3, 10, 33).tolist())  # decoded tokens per prefill token
 _HALVINGS = 30
+_MISSES = 0.05  # share of requests that may miss their objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Demand:
         prefill_context: Context of such a token.
         critical_steps: C, steps of the longest path.
         kv_token_steps: A, KV tokens held x steps.
+        pace: p, the longest mean step that all but 5 % afford, in units of tau.
     """
 
     output_tokens: float
@@ -67,6 +70,7 @@ class Demand:
     prefill_context: float
     critical_steps: float
     kv_token_steps: float
+    pace: float
 
 
 def upper_bound(deployment: Deployment, load: LoadConfig) -> float:
@@ -84,7 +88,7 @@ def upper_bound(deployment: Deployment, load: LoadConfig) -> float:
 def demand_of(requests: Iterable[ForkJoinRequest], deployment: Deployment) -> Demand:
     """Means over requests of what they ask of a deployment."""
     engine = deployment.engine
-    rows = []
+    rows, paces = [], []
     for request in requests:
         cost = program_cost(request, engine.tokens_per_block)
         prompt = len(request.input_ids)
@@ -99,11 +103,21 @@ def demand_of(requests: Iterable[ForkJoinRequest], deployment: Deployment) -> De
         )
         rows.append((cost.num_output_tokens, cost.decode_context_tokens, tokens, context,
                      cost.critical_tokens, held))  # fmt: skip
+        paces.append(longest_step(request.program))
     output, decode_context, prefill, prefill_context, critical, held = np.mean(rows, axis=0)
     return Demand(
         float(output), float(decode_context / output), float(prefill),
         float(prefill_context / max(prefill, 1e-9)), float(critical), float(held),
+        float(np.quantile(paces, _MISSES, method="lower")),
     )  # fmt: skip
+
+
+def longest_step(program: Sequence[SerialStage | ParallelStage]) -> float:
+    """The longest mean step, in units of tau, with which a program meets its TPOT objectives."""
+    if any(isinstance(stage, SerialStage) and stage.max_tokens > 1 for stage in program):
+        return 1.0
+    num_steps = critical_tokens(program) - 1
+    return (max_new_tokens(program) - 1) / num_steps if num_steps else np.inf
 
 
 def kv_token_steps(
@@ -181,14 +195,14 @@ def largest_rate(
     Args:
         kinds: Of `step_kinds`.
         demand: Of a request.
-        tau_s: Longest mean step.
+        tau_s: Objective of the time per token.
         num_kv_tokens: K.
         num_slots: R.
     """
 
     def longest_step_s(rate: float) -> float:
         return min(
-            tau_s,
+            demand.pace * tau_s,
             num_kv_tokens / (rate * demand.kv_token_steps),
             num_slots / (rate * demand.critical_steps),
         )

@@ -13,6 +13,7 @@ from perf.upper_bound import (
     demand_of,
     kv_token_steps,
     largest_rate,
+    longest_step,
     step_kinds,
     upper_bound,
 )
@@ -21,8 +22,8 @@ from taper_trtllm.request import ForkJoinRequest
 PLENTY = 1e12
 
 
-def demand(output=100.0, prefill=0.0, critical=100.0, held=1.0) -> Demand:
-    return Demand(output, 500.0, prefill, 300.0, critical, held)
+def demand(output=100.0, prefill=0.0, critical=100.0, held=1.0, pace=1.0) -> Demand:
+    return Demand(output, 500.0, prefill, 300.0, critical, held, pace)
 
 
 def kinds(*rows):
@@ -38,7 +39,7 @@ def brute_force(rows, asked: Demand, tau_s, num_kv_tokens, num_slots, resolution
     for cuts in itertools.combinations_with_replacement(range(resolution + 1), len(widths) - 1):
         share = np.diff([0, *cuts, resolution]) / resolution
         step_s = share @ times
-        if step_s > tau_s + 1e-12:
+        if step_s > asked.pace * tau_s + 1e-12:
             continue
         rates = [
             share @ widths / (asked.output_tokens * step_s),
@@ -74,11 +75,12 @@ def test_a_wide_step_above_tau_is_used_for_part_of_the_time():
 @pytest.mark.parametrize("prefill", [0.0, 60.0, 400.0])
 @pytest.mark.parametrize("held", [1.0, 2e5])
 @pytest.mark.parametrize("num_slots", [PLENTY, 9])
-def test_it_is_the_best_of_all_mixtures(tau_s, prefill, held, num_slots):
+@pytest.mark.parametrize("pace", [1.0, 1.7])
+def test_it_is_the_best_of_all_mixtures(tau_s, prefill, held, num_slots, pace):
     """Never below it, and above only by the resolution of the enumeration."""
     steps = kinds((8, 0, 12), (8, 64, 19), (16, 0, 24), (32, 0, 31), (32, 64, 47))
     steps = steps if prefill else tuple(column[[0, 2, 3]] for column in steps)
-    asked = demand(prefill=prefill, held=held)
+    asked = demand(prefill=prefill, held=held, pace=pace)
     tried = brute_force(steps, asked, tau_s, 5000, num_slots, 24 if prefill else 200)
     found = largest_rate(steps, asked, tau_s, 5000, num_slots)
     assert tried * (1 - 1e-6) <= found <= tried * 1.06
@@ -103,6 +105,30 @@ def test_memory_held_in_parallel():
     assert kv_token_steps(forks, 1, 1e-6) == pytest.approx(prefix + first + second + joined)
     # ceil(tokens) + 2 x depth + 1 blocks, over 5 steps.
     assert kv_token_steps(forks, 1, 1.0) == pytest.approx(5 * (joined + 1 + 2 + 1))
+
+
+def test_pace_that_a_program_affords():
+    """One with a serial stage takes a step per token there; one without has its branches."""
+    serial = {"type": "serial", "max_tokens": 5}
+    branches = {"type": "parallel", "branches": [{"max_tokens": 5}] * 4}
+    paces = {
+        1.0: [[serial], [serial, branches], [branches, serial]],
+        19 / 4: [[branches]],
+        20 / 5: [[{**serial, "max_tokens": 1}, branches]],  # one token has no interval
+        np.inf: [[{**serial, "max_tokens": 1}]],
+    }
+    for pace, programs in paces.items():
+        for stages in programs:
+            assert longest_step(program(stages).program) == pytest.approx(pace)
+
+
+def test_a_few_without_branches_may_miss():
+    """All but 5 % draw four tokens per step; the others are let go, but not more of them."""
+    forks = program([{"type": "parallel", "branches": [{"max_tokens": 5}] * 4}])
+    plain = program([{"type": "serial", "max_tokens": 5}])
+    deployment = study().deployment
+    assert demand_of([plain] * 4 + [forks] * 96, deployment).pace == pytest.approx(19 / 4)
+    assert demand_of([plain] * 6 + [forks] * 94, deployment).pace == 1.0
 
 
 def test_prefill_counts_where_it_costs_time():
