@@ -54,6 +54,7 @@ class NamedCell:
         max_prefill_tokens: Chunk budget of a step.
         disaggregated_prefill: See `SimulatedConfig`.
         free_joins: See `SimulatedConfig`.
+        prefix_sharing_attention: See `SimulatedConfig`.
         arrivals: See `LoadConfig`.
         cv: See `LoadConfig`.
         disturbance: How the device differs from its profile.
@@ -76,6 +77,7 @@ class NamedCell:
     max_prefill_tokens: int = 1024
     disaggregated_prefill: bool = False
     free_joins: bool = False
+    prefix_sharing_attention: bool = False
     arrivals: Arrivals = "poisson"
     cv: float = 1.0
     disturbance: Disturbance = _NOISE
@@ -137,6 +139,9 @@ CELLS: dict[str, NamedCell] = {  # the most important first
     "A-free-joins": replace(_A, title="A, joins cost nothing", free_joins=True),
     "E-free-joins": replace(_E, title="E, joins cost nothing", free_joins=True),
     "P-free-joins": replace(_P, title="P, joins cost nothing", free_joins=True),
+    "A-cascade": replace(_A, title="A, prefix-sharing attention", prefix_sharing_attention=True),
+    "E-cascade": replace(_E, title="E, prefix-sharing attention", prefix_sharing_attention=True),
+    "P-cascade": replace(_P, title="P, prefix-sharing attention", prefix_sharing_attention=True),
     "E-drift": replace(
         _E, title="E, steps 15 % and 2 ms longer than the profile says",
         disturbance=Disturbance(host_overhead_ms=2.0, step_scale=1.15, noise=0.02),
@@ -160,6 +165,7 @@ def study_of(
         max_batch_size=_MAX_BATCH_SIZE,
         disaggregated_prefill=cell.disaggregated_prefill,
         free_joins=cell.free_joins,
+        prefix_sharing_attention=cell.prefix_sharing_attention,
         disturbance=cell.disturbance,
     )
     load = LoadConfig(

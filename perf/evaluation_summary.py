@@ -111,7 +111,7 @@ def best_static(outcomes: Outcomes, cell: str) -> str | None:
         task.policy: outcome.capacity.rate
         for task, outcome in outcomes.items()
         if (task.cell, task.levers) == (cell, "shipped")
-        and task.policy.partition(":")[0] != REFERENCE
+        and _is_static(task.policy)
         and outcome.capacity.rate is not None
     }
     return max(rates, key=lambda policy: rates[policy] or 0.0, default=None)
@@ -126,6 +126,20 @@ def policies_of(tasks: Iterable[Task]) -> list[str]:
     """Policies in order, the reference first."""
     names = dict.fromkeys(task.policy for task in tasks)
     return sorted(names, key=lambda name: name != REFERENCE)
+
+
+def statics_of(tasks: Iterable[Task]) -> list[str]:
+    """Static policies in order."""
+    return [name for name in policies_of(tasks) if _is_static(name)]
+
+
+def variants_of(tasks: Iterable[Task]) -> list[str]:
+    """Variants and ablations of the reference, in order."""
+    return [n for n in policies_of(tasks) if n != REFERENCE and not _is_static(n)]
+
+
+def _is_static(policy: str) -> bool:
+    return policy.partition(":")[0] != REFERENCE
 
 
 def geometric_mean(ratios: Sequence[Ratio]) -> float:

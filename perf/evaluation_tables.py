@@ -21,6 +21,8 @@ from perf.evaluation_summary import (
     geometric_mean,
     paired,
     policies_of,
+    statics_of,
+    variants_of,
 )
 
 _FIGURES = {"capacity": "SLO capacity", "peak": "peak token goodput"}
@@ -70,6 +72,7 @@ def all_tables(outcomes: Outcomes, bounds: dict[str, float], scale: Scale) -> li
         _against_rivals(outcomes, "peak"),
         _aims(outcomes, bounds),
         _score(outcomes),
+        _ablations(outcomes),
         _regime_p(outcomes),
         _levers(outcomes),
         *(_variant(outcomes, suffix) for suffix in _VARIANTS),
@@ -107,7 +110,7 @@ def _peaks(outcomes: Outcomes) -> TextTable:
 
 
 def _against_rivals(outcomes: Outcomes, figure: str) -> TextTable:
-    rivals = [p for p in policies_of(outcomes) if p != REFERENCE]
+    rivals = statics_of(outcomes)
     rows = [
         [cell, *(_marked(paired(reference, o, figure)) for o in others)]
         for cell, (reference, *others) in _shipped(outcomes, [REFERENCE, *rivals])
@@ -147,11 +150,11 @@ def _aims(outcomes: Outcomes, bounds: dict[str, float]) -> TextTable:
 def _score(outcomes: Outcomes) -> TextTable:
     rows = []
     for figure, name in _FIGURES.items():
-        for rival in policies_of(outcomes):
+        for rival in statics_of(outcomes):
             ratios = {cell: _shipped_ratio(outcomes, cell, rival, figure)
                       for cell in cells_of(outcomes)}  # fmt: skip
             known = {cell: r for cell, r in ratios.items() if r is not None}
-            if rival == REFERENCE or not known:
+            if not known:
                 continue
             verdicts = [r.verdict for r in known.values()]
             lost = [cell for cell, r in known.items() if r.verdict < 0]
@@ -164,13 +167,26 @@ def _score(outcomes: Outcomes) -> TextTable:
     return TextTable("Cells won and lost", header, rows, "Equal levers.")
 
 
+def _ablations(outcomes: Outcomes) -> TextTable:
+    """TAPER with a part replaced or left out."""
+    variants = variants_of(outcomes)
+    rows = []
+    for figure, name in _FIGURES.items():
+        for cell, (reference, *others) in _shipped(outcomes, [REFERENCE, *variants]):
+            ratios = [paired(o, reference, figure) for o in others]
+            if any(ratios):
+                rows.append([f"{cell}, {name}", *map(_text, ratios)])
+    return TextTable(
+        "Variants and ablations over TAPER", ["cell", *variants], rows,
+        "Below one: TAPER is better. Paired on the same seeds, equal levers.",
+    )  # fmt: skip
+
+
 def _regime_p(outcomes: Outcomes) -> TextTable:
     """Branch admission alone, and the shipped system against bare baselines."""
     rows = []
     reference = outcomes.get(Task("P", "shipped", REFERENCE))
-    for rival in policies_of(outcomes):
-        if rival == REFERENCE:
-            continue
+    for rival in statics_of(outcomes):
         shipped = outcomes.get(Task("P", "shipped", rival))
         bare = outcomes.get(Task("P", "bare", rival))
         bare_reference = outcomes.get(Task("P", "bare", REFERENCE))
@@ -213,6 +229,7 @@ def _levers(outcomes: Outcomes) -> TextTable:
 
 _VARIANTS = {
     "free-joins": "Joins and headers that cost nothing: SLO capacity over that with their cost",
+    "cascade": "Prefix-sharing (cascade) attention: SLO capacity over that without it",
     "told-0.7": "An executor told 0.7 of all step times: SLO capacity over that with the true ones",
     "told-1.3": "An executor told 1.3 of all step times: SLO capacity over that with the true ones",
 }

@@ -141,10 +141,13 @@ def test_tables_name_what_is_lost_and_tell_the_two_figures_of_regime_p():
         Task("P", "shipped", "taper"): 1.2, Task("P", "shipped", "irp-off"): 1.0,
         Task("P", "shipped", "step-ceiling:0.9"): 1.3, Task("P", "bare", "taper"): 1.1,
         Task("P", "bare", "irp-off"): 0.8, Task("A", "shipped", "taper"): 1.0,
-        Task("P-free-joins", "shipped", "taper"): 1.5,
+        Task("P-free-joins", "shipped", "taper"): 1.5, Task("P-cascade", "shipped", "irp-off"): 1.1,
+        Task("P", "shipped", "taper:no-slack"): 0.9,
     }  # fmt: skip
     outcomes = {t: outcome_of(measured(t, c), 2, 0.95) for t, c in tasks.items()}
-    tables = all_tables(outcomes, {"P": 1.5, "A": 1.4, "P-free-joins": 2.0}, scale)
+    tables = all_tables(
+        outcomes, {"P": 1.5, "A": 1.4, "P-free-joins": 2.0, "P-cascade": 2.0}, scale
+    )
     by_title = {table.title: {row[0]: row[1:] for row in table.rows} for table in tables}
     against = by_title["TAPER over each rival, SLO capacity"]
     assert against["P"][0].startswith("1.20") and "loses" not in against["P"][0]
@@ -160,9 +163,14 @@ def test_tables_name_what_is_lost_and_tell_the_two_figures_of_regime_p():
     ratios = [float(r[:4]) for r in (shipped, bare, both)]
     assert ratios == pytest.approx([1.2, 1.375, 1.5], abs=0.011)
     levers = by_title["Levers: SLO capacity with other levers over that with the shipped ones"]
-    assert [r[:4] for r in levers["P, bare"]] == ["0.92", "0.80", ""]
+    assert [r[:4] for r in levers["P, bare"]] == ["0.92", "0.80", "", ""]
     joins = next(rows for title, rows in by_title.items() if title.startswith("Joins"))
     assert joins["P"][0].startswith("1.25")
+    cascade = next(rows for title, rows in by_title.items() if title.startswith("Prefix-sharing"))
+    assert cascade["P"][0] == "" and cascade["P"][1].startswith("1.10")
+    ablations = by_title["Variants and ablations over TAPER"]
+    assert ablations["P, SLO capacity"][0].startswith("0.75")
+    assert not any("no-slack" in row for row in by_title["Cells won and lost"])
     for table in tables:
         assert all(len(row) == len(table.header) for row in table.rows)
         assert table.markdown().count("\n") == len(table.rows) + 4
