@@ -6,6 +6,7 @@ again, the command goes on where it stopped and writes all tables and plots anew
 
   python -m perf.evaluate --quick                    # named cells, 3 seeds, at most an hour
   python -m perf.evaluate --cells A,P --levers shipped,bare --policies taper,irp-off
+  python -m perf.evaluate --quick --cells random-0,random-1 --output-dir random
   python -m perf.evaluate --output-dir full          # everything: about 400 tasks, see the README
 """
 
@@ -46,6 +47,7 @@ from perf.evaluation_runs import (
 )
 from perf.evaluation_summary import Outcome, cells_of, outcome_of
 from perf.evaluation_tables import TextTable, all_tables
+from perf.random_cells import cell_named, is_random
 from perf.rate_search import FULL, QUICK
 from taper_trtllm.admission import make_policy
 from taper_trtllm.config import ConfigError
@@ -102,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true",
         help="named cells and main policies, 3 seeds, short windows, coarse rates",
     )  # fmt: skip
-    parser.add_argument("--cells", type=_names, help=f"of {','.join(CELLS)}")
+    parser.add_argument("--cells", type=_names, help=f"of {','.join(CELLS)}, or random-N")
     parser.add_argument("--policies", type=_names, help=f"({','.join(_MAIN)}; full: more)")
     parser.add_argument(
         "--levers", type=_names,
@@ -136,7 +138,8 @@ def _check(arguments: argparse.Namespace) -> None:
         EvaluationError, ConfigError: With the name.
     """
     for option, known in (("cells", CELLS), ("levers", LEVERS)):
-        unknown = set(getattr(arguments, option) or ()) - known.keys()
+        given = getattr(arguments, option) or ()
+        unknown = {n for n in given if not is_random(n)} - known.keys()
         if unknown:
             raise EvaluationError(f"--{option}: {min(unknown)!r} is not one of {', '.join(known)}")
     for policy in arguments.policies or ():
@@ -229,7 +232,7 @@ def _plot(
 ) -> None:
     for cell in cells_of(found):
         runs = {task: m for task, m in measured.items() if task.cell == cell}
-        title = f"{cell}: {CELLS[cell].title}"
+        title = f"{cell}: {cell_named(cell).title}"
         plot_cell(runs, found, title, scale.target, directory / f"{cell}.png")
     if found:
         plot_ratios(found, directory / "ratios.png")

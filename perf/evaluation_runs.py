@@ -16,7 +16,8 @@ from typing import Any
 from rich.progress import Progress
 
 from perf.capacity import grid_rate, grid_step
-from perf.evaluation_cells import CELLS, described, study_of
+from perf.evaluation_cells import described, study_of
+from perf.random_cells import cell_named
 from perf.rate_search import RateGrid, wanted_seeds
 from perf.result import git_sha, save_json
 from perf.simulated_cell import Cell, Study, run_cell
@@ -75,7 +76,7 @@ class Scale:
 
     def study(self, task: Task) -> Study:
         """The runs of a task."""
-        cell = CELLS[task.cell]
+        cell = cell_named(task.cell)
         duration_s = self.duration_s or cell.quick_duration_s
         return study_of(cell, task.policy, task.levers, cell.warmup_s, duration_s)
 
@@ -185,7 +186,7 @@ def _settings(task: Task, scale: Scale) -> dict[str, Any]:
     settings = {
         "cell": task.cell,
         "levers": task.levers,
-        "deployment": described(CELLS[task.cell]),
+        "deployment": described(cell_named(task.cell)),
         "scheduler": study.deployment.scheduler.model_dump(mode="json"),
         "warmup_s": study.warmup_s,
         "duration_s": study.duration_s,
@@ -200,7 +201,7 @@ def _settings(task: Task, scale: Scale) -> dict[str, Any]:
 @lru_cache
 def bound_of(cell: str) -> float:
     """Upper bound of a named cell, in requests per second."""
-    study = study_of(CELLS[cell], "taper", "shipped", 0.0, 1.0)
+    study = study_of(cell_named(cell), "taper", "shipped", 0.0, 1.0)
     return upper_bound(study.deployment, study.load)
 
 

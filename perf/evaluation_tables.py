@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
-from perf.evaluation_cells import CELLS, LEVERS
+from perf.evaluation_cells import LEVERS
 from perf.evaluation_runs import Scale
 from perf.evaluation_summary import (
     REFERENCE,
@@ -24,6 +24,7 @@ from perf.evaluation_summary import (
     statics_of,
     variants_of,
 )
+from perf.random_cells import cell_named
 
 _FIGURES = {"capacity": "SLO capacity", "peak": "peak token goodput"}
 
@@ -300,7 +301,7 @@ def _mean(outcome: Outcome, keys: Sequence[str], scale: float, form: str) -> str
 def _cells(outcomes: Outcomes, scale: Scale) -> TextTable:
     rows = []
     for name in cells_of(outcomes):
-        cell = CELLS[name]
+        cell = cell_named(name)
         slo = f"{cell.tpot_ms:g}, {cell.ttft_ms / 1e3:g}"
         duration_s = scale.duration_s or cell.quick_duration_s
         rows.append([name, cell.title, slo, f"{cell.warmup_s:g} + {duration_s:g}"])

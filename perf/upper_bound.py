@@ -75,14 +75,19 @@ class Demand:
 
 def upper_bound(deployment: Deployment, load: LoadConfig) -> float:
     """The fluid bound of a deployment in requests per second, from a sample of its load."""
-    offers = itertools.islice(OfferedLoad(load, 0).arrivals(1.0), _SAMPLE)
-    demand = demand_of((offer.request for _, offer in offers), deployment)
+    demand = demand_of_load(deployment, load)
     kinds = step_kinds(deployment, demand)
     engine = deployment.engine
     return largest_rate(
         kinds, demand, deployment.slo.tpot_ms / 1e3, engine.num_kv_blocks * engine.tokens_per_block,
         deployment.scheduler.max_num_requests,
     )  # fmt: skip
+
+
+def demand_of_load(deployment: Deployment, load: LoadConfig) -> Demand:
+    """Means over a sample of a load."""
+    offers = itertools.islice(OfferedLoad(load, 0).arrivals(1.0), _SAMPLE)
+    return demand_of((offer.request for _, offer in offers), deployment)
 
 
 def demand_of(requests: Iterable[ForkJoinRequest], deployment: Deployment) -> Demand:

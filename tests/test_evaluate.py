@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_simulate import SMALL
 
-from perf import evaluate
+from perf import evaluate, random_cells
 from perf.capacity import capacity, grid_rate, grid_step
 from perf.evaluate import MARKERS, main, plan
-from perf.evaluation_cells import CELLS, LEVERS, NamedCell, study_of
+from perf.evaluation_cells import CELLS, LEVERS, NamedCell, described, study_of
 from perf.evaluation_runs import (
     EvaluationError,
     Scale,
@@ -23,6 +23,7 @@ from perf.evaluation_runs import (
 )
 from perf.evaluation_summary import Outcome, Ratio, outcome_of, paired, peak
 from perf.evaluation_tables import all_tables
+from perf.random_cells import cell_named
 from perf.rate_search import FULL, QUICK, wanted_seeds
 
 # ---------------------------------------------------------------------------------------- search
@@ -189,6 +190,18 @@ def test_every_cell_is_a_study(cell, levers):
     assert (scheduler.request_admission == "slots") == (levers in ("bare", "slots"))
     assert (scheduler.late_requests == "fcfs") == (levers in ("bare", "fcfs"))
     assert scheduler.max_num_requests == (64 if cell == "C" else 512)
+
+
+def test_random_cells_are_drawn_by_number():
+    """Equal numbers give equal cells, and every one of them is a study that can be served."""
+    cells = [cell_named(f"random-{i}") for i in range(8)]
+    assert len({cell.title for cell in cells}) == 8
+    assert random_cells._random_cell.__wrapped__(3) == cells[3]
+    for i, cell in enumerate(cells):
+        assert bound_of(f"random-{i}") > 0 and cell.quick_duration_s >= 30
+        assert described(cell)["profile"] == cell.profile
+    with pytest.raises(KeyError):
+        cell_named("random-x")
 
 
 def test_plans_begin_with_what_matters_most():

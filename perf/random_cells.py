@@ -1,0 +1,116 @@
+"""Deployments and loads drawn at random: cells that nobody chose, by number.
+
+What decides between policies is drawn widely: the engine, how tight tau is against its step times,
+memory, slots, chunks, who branches, how wide and how long. The durations follow from the load.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+
+from perf.evaluation_cells import CELLS, NamedCell, study_of
+from perf.mixes import Mix
+from perf.simulate_arguments import PROFILES
+from perf.upper_bound import demand_of_load, upper_bound
+from taper_trtllm.engines.simulated import StepTimes
+from taper_trtllm.profile import LatencyProfile, load_profile
+
+_PREFIX = "random-"
+_NUM_REQUESTS = 100  # of a scored window at 0.7 of the upper bound
+
+
+def cell_named(name: str) -> NamedCell:
+    """A cell of `CELLS`, or ``random-N``.
+
+    Raises:
+        KeyError: There is no such cell.
+    """
+    if is_random(name):
+        return _random_cell(int(name.removeprefix(_PREFIX)))
+    return CELLS[name]
+
+
+def is_random(name: str) -> bool:
+    """Whether a name is ``random-N``."""
+    return name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdecimal()
+
+
+@cache
+def _random_cell(number: int) -> NamedCell:
+    rng = np.random.default_rng(number)
+    profile_name = str(rng.choice(sorted(path.stem for path in PROFILES.glob("*.json"))))
+    profile = load_profile(PROFILES / f"{profile_name}.json")
+    is_disaggregated = bool(rng.random() < 0.4)
+    tightness = float(np.exp(rng.uniform(np.log(1.3), np.log(4.0))))
+    memory_share = float(np.exp(rng.uniform(np.log(0.2), 0.0)))
+    cell = NamedCell(
+        title="",
+        profile=profile_name,
+        source=_random_mix(rng),
+        tpot_ms=round(tightness * _step_ms(profile), 1),
+        ttft_ms=float(rng.choice([1000, 2000, 5000])),
+        kv_cache_tokens=int(memory_share * int(profile.provenance["kv_cache_tokens"])),
+        max_num_requests=int(rng.choice([64, 128, 512])),
+        max_prefill_tokens=int(rng.choice([256, 512, 1024, 2048])),
+        disaggregated_prefill=is_disaggregated,
+        arrivals="gamma" if rng.random() < 0.25 else "poisson",
+        cv=3.0,
+    )
+    return _with_durations(replace(cell, title=_title(cell)))
+
+
+def _random_mix(rng: np.random.Generator) -> Mix:
+    def one_of(*values: object) -> object:
+        return values[int(rng.integers(len(values)))]
+
+    return Mix(
+        fork_fraction=one_of(0.2, 0.5, 0.8, 1.0),
+        input_len=one_of((100, 1000), (500, 4000), (2000, 8000)),
+        rounds=one_of((1, 1), (1, 3)),
+        serial_len=one_of(None, (30, 120), (100, 400)),
+        num_branches=one_of((2, 4), (2, 16), (8, 16), (4, 64)),
+        branch_len=one_of(30, 150, 300),
+        nested_fraction=one_of(0.0, 0.0, 0.5),
+    )  # type: ignore[arg-type]
+
+
+def _step_ms(profile: LatencyProfile) -> float:
+    """Of 32 sequences of 2,000 tokens."""
+    return float(StepTimes(profile, 512).decode_ms(32, 2000))
+
+
+def _title(cell: NamedCell) -> str:
+    mix = cell.source
+    assert isinstance(mix, Mix)
+    prefill = "elsewhere" if cell.disaggregated_prefill else f"by {cell.max_prefill_tokens}"
+    serial = "no serial stages" if mix.serial_len is None else f"serial {_span(mix.serial_len)}"
+    nested = f", {mix.nested_fraction:.0%} nested" if mix.nested_fraction else ""
+    bursts = f", CV {cell.cv:g}" if cell.arrivals == "gamma" else ""
+    return (
+        f"{cell.profile}, prefill {prefill}, {(cell.kv_cache_tokens or 0) // 1000}k KV tokens, "
+        f"{cell.max_num_requests} slots; {mix.fork_fraction:.0%} fork, {_span(mix.rounds)} rounds, "
+        f"{_span(mix.num_branches)} branches of {mix.branch_len}, {serial}, prompts "
+        f"{_span(mix.input_len)}{nested}{bursts}"
+    )
+
+
+def _span(bounds: tuple[int, int]) -> str:
+    low, high = bounds
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _with_durations(cell: NamedCell) -> NamedCell:
+    """Long enough for memory to fill and for a number of requests to be scored."""
+    study = study_of(cell, "taper", "shipped", 0.0, 1.0)
+    demand = demand_of_load(study.deployment, study.load)
+    alone_s = demand.output_tokens * cell.tpot_ms / 1e3  # one branch after another
+    window_s = _NUM_REQUESTS / (0.7 * upper_bound(study.deployment, study.load))
+    return replace(
+        cell,
+        warmup_s=round(float(np.clip(alone_s, 30, 120))),
+        quick_duration_s=round(float(np.clip(window_s, 30, 200))),
+        drain_s=round(float(np.clip(4 * alone_s, 100, 500))),
+    )
