@@ -95,16 +95,16 @@ def capacity(attainment: Mapping[int, Sequence[float]], num_seeds: int, target: 
 
     Args:
         attainment: By grid step, one value per seed in order; steps that are not measured on every
-            seed are left out.
+            seed are left out, and so are further seeds.
         num_seeds: Seeds of a complete step.
         target: Share of requests that have to meet their objective.
     """
-    steps = sorted(step for step, values in attainment.items() if len(values) == num_seeds)
+    steps = sorted(step for step, values in attainment.items() if len(values) >= num_seeds)
     nothing = Capacity(None, None, np.empty(0))
     if len(steps) < 2:
         return nothing
     rates = np.array([grid_rate(step) for step in steps])
-    table = np.array([attainment[step] for step in steps], dtype=np.float64)
+    table = np.array([attainment[step][:num_seeds] for step in steps], dtype=np.float64)
     fit = antitonic_fit(table.mean(axis=1))
     if fit[0] < target or fit[-1] >= target:
         return nothing

@@ -204,9 +204,10 @@ def report(
         console.print(table.rich())
     gaps = _missing_text(missing)
     console.print(gaps, soft_wrap=True, highlight=False)
-    _write(arguments, tables, gaps)
+    path = arguments.output_dir / f"tables-{scale.num_seeds}-seeds.md"
+    _write(path, arguments.readme, tables, gaps)
     _plot(measured, found, scale, arguments.output_dir)
-    console.print(f"tables: {arguments.output_dir}/tables.md", soft_wrap=True, highlight=False)
+    console.print(f"tables: {path}", soft_wrap=True, highlight=False)
 
 
 def _missing_text(missing: Sequence[Task]) -> str:
@@ -217,14 +218,14 @@ def _missing_text(missing: Sequence[Task]) -> str:
     return f"Not or not wholly measured ({len(missing)}): {names}."
 
 
-def _write(arguments: argparse.Namespace, tables: Sequence[TextTable], gaps: str) -> None:
+def _write(path: Path, readme: Path | None, tables: Sequence[TextTable], gaps: str) -> None:
     text = "\n".join([*(table.markdown() for table in tables), gaps + "\n"])
-    arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "tables.md").write_text(text)
-    if arguments.readme:
-        before, rest = arguments.readme.read_text().split(MARKERS[0], 1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    if readme:
+        before, rest = readme.read_text().split(MARKERS[0], 1)
         after = rest.split(MARKERS[1], 1)[1]
-        arguments.readme.write_text(f"{before}{MARKERS[0]}\n\n{text}\n{MARKERS[1]}{after}")
+        readme.write_text(f"{before}{MARKERS[0]}\n\n{text}\n{MARKERS[1]}{after}")
 
 
 def _plot(

@@ -69,6 +69,8 @@ def search(true_capacity, start, num_seeds, noise, generator):
 def test_the_search_finds_the_capacity_wherever_it_starts(start, num_seeds):
     measured = search(1.37, grid_step(start), num_seeds, 0.0, np.random.default_rng(0))
     found = capacity(measured, num_seeds, 0.95)
+    more = {step: [*values, 0.0] for step, values in measured.items() if len(values) == num_seeds}
+    assert capacity(more, num_seeds, 0.95).rate == found.rate  # seeds beyond those asked for
     assert found.rate == pytest.approx(1.37, rel=1e-3)
     assert found.std == pytest.approx(0.0, abs=1e-9)
     assert sum(len(v) == num_seeds for v in measured.values()) >= 7
