@@ -34,7 +34,7 @@ from rich.progress import (
 )
 
 from perf.argument_types import positive, positive_int
-from perf.evaluation_cells import CELLS, LEVERS, study_of
+from perf.evaluation_cells import CELLS, LEVERS
 from perf.evaluation_plots import plot_cell, plot_ratios
 from perf.evaluation_runs import (
     EvaluationError,
@@ -49,9 +49,8 @@ from perf.evaluation_summary import Outcome, cells_of, outcome_of
 from perf.evaluation_tables import TextTable, all_tables
 from perf.random_cells import cell_named, is_random
 from perf.rate_search import FULL, QUICK
-from taper_trtllm.admission import make_policy
+from perf.sweep_cells import check_policies
 from taper_trtllm.config import ConfigError
-from taper_trtllm.predictor import StepLatencyPredictor
 
 MARKERS = ("<!-- perf.evaluate: begin -->", "<!-- perf.evaluate: end -->")
 
@@ -137,14 +136,15 @@ def _check(arguments: argparse.Namespace) -> None:
     Raises:
         EvaluationError, ConfigError: With the name.
     """
+    given = {
+        "cells": [name for name in arguments.cells or () if not is_random(name)],
+        "levers": arguments.levers or (),
+    }
     for option, known in (("cells", CELLS), ("levers", LEVERS)):
-        given = getattr(arguments, option) or ()
-        unknown = {n for n in given if not is_random(n)} - known.keys()
-        if unknown:
-            raise EvaluationError(f"--{option}: {min(unknown)!r} is not one of {', '.join(known)}")
-    for policy in arguments.policies or ():
-        deployment = study_of(CELLS["A"], policy, "shipped", 0.0, 1.0).deployment
-        make_policy(policy, deployment.scheduler, StepLatencyPredictor(deployment.profile))
+        for name in given[option]:
+            if name not in known:
+                raise EvaluationError(f"--{option}: {name!r} is not one of {', '.join(known)}")
+    check_policies(arguments.policies or ())
     readme = arguments.readme
     if readme and not all(marker in readme.read_text() for marker in MARKERS):
         raise EvaluationError(f"--readme: {readme} lacks the lines {MARKERS[0]} and {MARKERS[1]}")
