@@ -34,6 +34,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "slack-chunks": {"prefill_chunking": "slack"},
     "fcfs": {"late_requests": "fcfs"},
     "slots": {"request_admission": "slots"},
+    "patient": {"request_admission": "patient"},
     "reserve-0.6": {"kv_reserve_fraction": 0.6},
 }
 

@@ -187,7 +187,9 @@ class SchedulerConfig(_Model):
         request_admission: ``tpot`` starts a waiting request only while steps of one sequence per
             request, with the prefill that comes with them, keep the TPOT objectives of those that
             can still meet theirs, by (1 - m) tau or by a lead that pays for longer ones to the end;
-            ``slots`` as long as slots and memory last.
+            ``patient`` also holds a prompt back while its own time would cost one of them the
+            objective and all who wait can still be in time; ``slots`` starts as long as slots and
+            memory last.
         rho: Share of the slack above T0 that a step may spend. Steps settle at tau whatever it is;
             below 1, requests keep a lead for slow steps that nobody foresaw.
         kappa: Step budget limit, in smallest tau.
@@ -205,7 +207,7 @@ class SchedulerConfig(_Model):
     max_prefill_tokens: _PositiveInt = 128
     prefill_chunking: Literal["slack", "full"] = "full"
     late_requests: Literal["defer", "fcfs"] = "defer"
-    request_admission: Literal["tpot", "slots"] = "tpot"
+    request_admission: Literal["patient", "tpot", "slots"] = "tpot"
     rho: Annotated[float, Field(gt=0, le=1)] = 0.5
     kappa: Annotated[float, Field(ge=1)] = 1.0
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.1

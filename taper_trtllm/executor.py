@@ -138,8 +138,9 @@ class TaperExecutor:
         # Owned by the driving thread.
         self._waiting = WaitingQueue(scheduler.late_requests)
         self._start_gate = StartGate(
-            scheduler.request_admission, self._predictor, scheduler.margin, slo.tpot_ms
-        )
+            scheduler.request_admission, self._predictor, scheduler.margin, slo.tpot_ms,
+            None if engine.capabilities.disaggregated_prefill else scheduler.max_prefill_tokens,
+        )  # fmt: skip
         self._running: list[LiveRequest] = []  # oldest first
         self._families = itertools.count()
         self._previous_completion_s: float | None = None
@@ -413,8 +414,9 @@ class TaperExecutor:
             request = self._waiting.peek(now_s)
             if request is None or request.num_reserved_blocks > unreserved:
                 return
-            baseline_ms = self._planner.baseline_ms
-            if not self._start_gate.has_time(self._running, request, now_s, baseline_ms):
+            if not self._start_gate.has_time(
+                self._running, request, self._waiting, now_s, self._planner.baseline_ms
+            ):
                 return
             unreserved -= request.num_reserved_blocks
             request.start(self._sequences)

@@ -125,6 +125,15 @@ class LiveRequest:
         return self.tracker.first_token_s is not None
 
     @property
+    def num_prompt_tokens_left(self) -> int:
+        """Tokens of its prompt that its first token waits for, as of the last survey."""
+        if self.has_started_decoding:
+            return 0
+        if self.prefill_needs:
+            return self.prefill_needs[0].num_tokens
+        return len(self.request.input_ids)
+
+    @property
     def has_one_leaf(self) -> bool:
         """Nothing of it runs beside its only leaf."""
         return len(self.state.leaves) == 1

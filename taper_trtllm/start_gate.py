@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Literal
 
+from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.live_request import LiveRequest
 from taper_trtllm.predictor import StepLatencyPredictor
 
-RequestAdmission = Literal["tpot", "slots"]
+RequestAdmission = Literal["patient", "tpot", "slots"]
 
 _MEMORY_STEPS = 50
+_TTFT_MARGIN = 0.3  # share of its TTFT objective by which a prompt should be ready ahead of it
+_LOOKAHEAD = 32  # waiting requests whose prompts are seen coming
 
 
 class StartGate:
@@ -20,10 +24,11 @@ class StartGate:
     objective all of them miss it.
 
     Args:
-        request_admission: ``tpot``, or ``slots`` to hold nobody back.
+        request_admission: ``tpot``; ``patient`` to hold prompts back too; ``slots`` for nobody.
         predictor: Of step latencies.
         margin: m; a step may take (1 - m) tau.
         tpot_slo_ms: The server's own objective; one that is tighter holds nobody else up.
+        max_prefill_tokens: Of a step; None where prompts are computed elsewhere.
     """
 
     def __init__(
@@ -32,15 +37,22 @@ class StartGate:
         predictor: StepLatencyPredictor,
         margin: float,
         tpot_slo_ms: float,
+        max_prefill_tokens: int | None,
     ) -> None:
-        self._is_bound = request_admission == "tpot"
+        self._is_bound = request_admission != "slots"
+        self._chunk_tokens = max_prefill_tokens if request_admission == "patient" else None
         self._predictor = predictor
         self._step_share = 1 - margin
         self._tpot_slo_ms = tpot_slo_ms
         self._mean_surplus_ms = 0.0  # of steps over their decode: prefill, the unforeseen
 
     def has_time(
-        self, running: Sequence[LiveRequest], request: LiveRequest, now_s: float, baseline_ms: float
+        self,
+        running: Sequence[LiveRequest],
+        request: LiveRequest,
+        waiting: Iterable[LiveRequest],
+        now_s: float,
+        baseline_ms: float,
     ) -> bool:
         """Whether those who can meet their objectives still can after this start.
 
@@ -50,18 +62,22 @@ class StartGate:
         get ahead. Who cannot meet the objective anyway does not count. A request that had begun to
         answer and comes back, and the first of an idle server, always start.
 
+        With ``patient``, the prompt's own time counts as well: it is held back while it would cost
+        somebody the objective, as long as all who wait can still be in time.
+
         Args:
             running: Requests that have started.
-            request: The one that waits.
+            request: The one that is next.
+            waiting: All that wait, in their order.
             now_s: Now.
             baseline_ms: T0 without prefill, to tell who can still meet the objective.
         """
         if not self._is_bound or request.has_started_decoding or not running:
             return True
         requests = [*running, request]
-        step_ms = self._mean_surplus_ms + self._predictor.predict_step_ms(
-            len(requests), sum(r.num_context_tokens for r in requests)
-        )
+        context_tokens = sum(r.num_context_tokens for r in requests)
+        decode_ms = self._predictor.predict_step_ms(len(requests), context_tokens)
+        step_ms = decode_ms + self._mean_surplus_ms
         pace_ms = step_ms / self._step_share
         at_risk = [
             r
@@ -69,7 +85,24 @@ class StartGate:
             if pace_ms > max(r.tracker.slo.tpot_ms, self._tpot_slo_ms)
             and r.is_savable(now_s, baseline_ms)
         ]
-        return not at_risk or all(r.is_savable(now_s, pace_ms) for r in [request, *at_risk])
+        if at_risk and not all(r.is_savable(now_s, pace_ms) for r in [request, *at_risk]):
+            return False
+        if self._chunk_tokens is None:
+            return True
+        chunk = PrefillLoad().with_chunk(self._chunk_tokens, 0)
+        step_ms_with_chunk = self._predictor.predict_step_ms(len(requests), context_tokens, chunk)
+        num_tokens = sum(r.num_prompt_tokens_left for r in requests)
+        others = islice((r for r in waiting if r is not request), _LOOKAHEAD)
+        token_ms = step_ms_with_chunk / self._chunk_tokens
+        if not _can_wait(request, others, now_s, num_tokens, token_ms):
+            return True
+        stall_s = num_tokens / self._chunk_tokens * (step_ms_with_chunk - decode_ms) / 1e3
+        return not any(
+            r.has_started_decoding
+            and r.is_savable(now_s, step_ms)
+            and not r.is_savable(now_s + stall_s, step_ms)
+            for r in running
+        )
 
     def observe(self, width: int, context_tokens: int, has_prefill: bool, step_ms: float) -> None:
         """Follows what steps take beyond decode, in the mean.
@@ -83,3 +116,36 @@ class StartGate:
         if not has_prefill:
             surplus_ms = min(surplus_ms, 0.5 * decode_ms)
         self._mean_surplus_ms += (surplus_ms - self._mean_surplus_ms) / _MEMORY_STEPS
+
+
+def _can_wait(
+    request: LiveRequest,
+    others: Iterable[LiveRequest],
+    now_s: float,
+    num_tokens: int,
+    token_ms: float,
+) -> bool:
+    """Whether a request can be in time although it does not start now, and those behind it too.
+
+    Who is late already cannot wait: it would for ever. Behind it, who is late does not count.
+
+    Args:
+        request: The one that is next.
+        others: Those behind it.
+        now_s: Now.
+        num_tokens: Of prompts that are computed first, its own included.
+        token_ms: Time per token of steps that compute prompts, decode included.
+    """
+    if _spare_ms(request, now_s) < num_tokens * token_ms:
+        return False
+    for other in others:
+        num_tokens += other.num_prompt_tokens_left
+        is_late = other.tracker.ttft_left_ms(now_s) <= 0
+        if not is_late and _spare_ms(other, now_s) < num_tokens * token_ms:
+            return False
+    return True
+
+
+def _spare_ms(request: LiveRequest, now_s: float) -> float:
+    """Until its prompt should be ready."""
+    return request.tracker.ttft_left_ms(now_s) - _TTFT_MARGIN * request.tracker.slo.ttft_ms

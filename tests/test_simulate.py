@@ -80,6 +80,23 @@ def offer(request_id: str, **fields) -> Offer:
 # ---------------------------------------------------------------------------------------- load
 
 
+def test_prompts_that_are_computed_elsewhere_need_no_patience():
+    """They cost nobody a step, so nothing changes; where they are computed here, it does."""
+
+    def figures(request_admission, disaggregated):
+        small = study(noise=0.02, tpot_ms=14.0)
+        scheduler = small.policies["taper"].model_copy(
+            update={"request_admission": request_admission, "max_prefill_tokens": 16}
+        )
+        engine = replace(small.deployment.engine, disaggregated_prefill=disaggregated)
+        deployment = replace(small.deployment, engine=engine)
+        changed = replace(small, deployment=deployment, policies={"taper": scheduler})
+        return run_cell(changed, Cell("taper", 12.0, 0))
+
+    assert figures("patient", True) == figures("tpot", True)
+    assert figures("patient", False) != figures("tpot", False)
+
+
 def test_rates_and_repetitions_of_a_seed_are_paired():
     slow = take(OfferedLoad(study().load, 3), 1.0, 50)
     fast = take(OfferedLoad(study().load, 3), 4.0, 50)

@@ -9,6 +9,7 @@ from toy_engine import ToyEngine, toy_profile
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.live_request import LiveRequest
+from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import (
     Branch,
     ForkJoinRequest,
@@ -119,6 +120,66 @@ def test_a_start_waits_that_would_cost_a_request_its_objective():
 
 def test_a_request_waits_for_steps_that_keep_its_own_objective():
     assert not is_started_beside(tree("running"), plain("next", 50), num_steps=5)
+
+
+LONG = 600  # tokens of a prompt: 48 ms, when who runs has 33 ms to spare in all
+
+
+def beside_a_long_prompt(request_admission: str, *next_ttft_ms: float) -> dict[str, bool]:
+    """Who met the objective: one of 20 tokens, and long prompts that arrive amid them."""
+    engine = ToyEngine(num_kv_blocks=1024)
+    executor = make_executor(
+        engine, SloTarget(ttft_ms=500, tpot_ms=5), request_admission=request_admission
+    )
+    met: dict[str, bool] = {}
+
+    def note(output: RequestOutput) -> None:
+        if output.metrics is not None:
+            met[output.request_id] = output.metrics.slo_met
+
+    executor.submit(plain("running", 20), note)
+    for _ in range(5):
+        executor.run_once()
+    for i, ttft_ms in enumerate(next_ttft_ms):
+        slo = SloTarget(ttft_ms=ttft_ms, tpot_ms=50)
+        executor.submit(plain(f"next {i}", 2, LONG, slo), note)
+    while executor.num_open_requests:
+        executor.run_once()
+    return met
+
+
+def test_a_patient_prompt_waits_while_it_would_cost_somebody_the_objective():
+    assert beside_a_long_prompt("tpot", 500.0) == {"running": False, "next 0": True}
+    assert beside_a_long_prompt("patient", 500.0) == {"running": True, "next 0": True}
+
+
+def test_a_patient_prompt_waits_no_longer_than_its_own_objective_allows():
+    """It takes 90 ms; one in 100 ms cannot wait at all."""
+    assert beside_a_long_prompt("patient", 100.0) == {"running": False, "next 0": True}
+
+
+def test_a_patient_prompt_does_not_hold_up_those_behind_it():
+    met = beside_a_long_prompt("patient", 500.0, 220.0)
+    assert met == {"running": False, "next 0": True, "next 1": True}
+
+
+def test_a_patient_prompt_that_is_late_waits_for_nobody():
+    """It could wait for ever."""
+    engine = ToyEngine(num_kv_blocks=4096)
+    executor = make_executor(
+        engine,
+        SloTarget(ttft_ms=1e3, tpot_ms=5),
+        request_admission="patient",
+        late_requests="fcfs",
+    )
+    executor.submit(plain("running", 20))
+    for _ in range(3):
+        executor.run_once()
+    executor.submit(plain("late", 2, LONG, SloTarget(ttft_ms=1.0, tpot_ms=50)))
+    executor.run_once()
+    engine.clock_s += 0.01
+    executor.run_once()
+    assert executor.is_running("late")
 
 
 def test_who_arrives_at_an_idle_server_starts_whatever_was_learned_before():
