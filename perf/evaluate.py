@@ -2,7 +2,8 @@ r"""Evaluates branch admission on simulated deployments: ``python -m perf.evalua
 
 TAPER against every static policy over named cells (`evaluation_cells.py`): SLO capacity, peak token
 goodput, and paired ratios of both with their error. Each (cell, levers, policy) is one file; run
-again, the command goes on where it stopped and writes all tables and plots anew.
+again, the command goes on where it stopped; it writes the tables and plots of all that its output
+directory holds anew.
 
   python -m perf.evaluate --quick                    # named cells, 3 seeds, at most an hour
   python -m perf.evaluate --cells A,P --levers shipped,bare --policies taper,irp-off
@@ -44,6 +45,7 @@ from perf.evaluation_runs import (
     TaskRuns,
     is_complete,
     load_all,
+    tasks_in,
 )
 from perf.evaluation_summary import Outcome, cells_of, outcome_of
 from perf.evaluation_tables import TextTable, all_tables
@@ -190,8 +192,9 @@ def measure(
 def report(
     arguments: argparse.Namespace, tasks: Sequence[Task], scale: Scale, console: Console
 ) -> None:
-    """Prints and writes the tables and plots of what has been measured."""
-    measured = load_all(tasks, arguments.output_dir, scale)
+    """Prints and writes the tables and plots of all that the directory holds."""
+    others = tasks_in(arguments.output_dir, scale)
+    measured = load_all(dict.fromkeys([*tasks, *others]), arguments.output_dir, scale)
     missing = [task for task in tasks if not is_complete(measured.get(task), scale)]
     found = {
         task: outcome_of(m, scale.num_seeds, scale.target)

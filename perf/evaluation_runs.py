@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -308,7 +308,18 @@ def is_complete(measured: TaskRuns | None, scale: Scale) -> bool:
     return measured is not None and not measured.wanted(scale)
 
 
-def load_all(tasks: Sequence[Task], directory: Path, scale: Scale) -> dict[Task, TaskRuns]:
+def tasks_in(directory: Path, scale: Scale) -> list[Task]:
+    """Tasks of which the directory holds runs with these settings, in order of name."""
+    found = []
+    for path in sorted(directory.glob("*/*/*.json")):
+        settings = json.loads(path.read_text())["settings"]
+        task = Task(settings["cell"], settings["levers"], settings["scheduler"]["policy"])
+        if settings == _settings(task, scale):
+            found.append(task)
+    return found
+
+
+def load_all(tasks: Iterable[Task], directory: Path, scale: Scale) -> dict[Task, TaskRuns]:
     """What the directory holds of the tasks."""
     found = {task: load_task(task, directory, scale) for task in tasks}
     return {task: measured for task, measured in found.items() if measured is not None}

@@ -20,6 +20,7 @@ from perf.evaluation_runs import (
     bound_of,
     load_task,
     save_task,
+    tasks_in,
 )
 from perf.evaluation_summary import Outcome, Ratio, outcome_of, paired, peak
 from perf.evaluation_tables import all_tables
@@ -224,6 +225,9 @@ def test_a_file_of_other_settings_is_refused(tmp_path):
     with pytest.raises(EvaluationError, match=r"taper\.json"):
         load_task(task, tmp_path, replace(scale, duration_s=20.0))
     assert load_task(Task("A", "bare", "taper"), tmp_path, scale) is None
+    save_task(measured(Task("A", "bare", "step-ceiling:0.9"), 1.0), tmp_path, scale)
+    assert tasks_in(tmp_path, scale) == [Task("A", "bare", "step-ceiling:0.9"), task]
+    assert tasks_in(tmp_path, replace(scale, duration_s=20.0)) == []
 
 
 # ----------------------------------------------------------------------------------- command line
