@@ -388,6 +388,15 @@ def exceed_the_deadline(client: TaperClient, url: str) -> None:
 
 
 def interrupt(client: TaperClient, url: str) -> None:
+    # A shell that starts the tests in the background has it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupt_with_a_signal(client)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def interrupt_with_a_signal(client: TaperClient) -> None:
     with pytest.raises(KeyboardInterrupt), client.stream(PROMPT, 1900) as stream:
         next(stream)
         threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
