@@ -74,35 +74,44 @@ class StartGate:
         """
         if not self._is_bound or request.has_started_decoding or not running:
             return True
-        requests = [*running, request]
-        context_tokens = sum(r.num_context_tokens for r in requests)
-        decode_ms = self._predictor.predict_step_ms(len(requests), context_tokens)
+        width = len(running) + 1
+        context_tokens = sum(r.num_context_tokens for r in [*running, request])
+        decode_ms = self._predictor.predict_step_ms(width, context_tokens)
         step_ms = decode_ms + self._mean_surplus_ms
-        pace_ms = step_ms / self._step_share
-        at_risk = [
-            r
-            for r in requests
-            if pace_ms > max(r.tracker.slo.tpot_ms, self._tpot_slo_ms)
-            and r.is_savable(now_s, baseline_ms)
-        ]
-        if at_risk and not all(r.is_savable(now_s, pace_ms) for r in [request, *at_risk]):
+        if not self._keeps_pace(running, request, now_s, step_ms, baseline_ms):
             return False
         if self._chunk_tokens is None:
             return True
         chunk = PrefillLoad().with_chunk(self._chunk_tokens, 0)
-        step_ms_with_chunk = self._predictor.predict_step_ms(len(requests), context_tokens, chunk)
-        num_tokens = sum(r.num_prompt_tokens_left for r in requests)
+        chunk_ms = self._predictor.predict_step_ms(width, context_tokens, chunk) - decode_ms
+        num_tokens = sum(r.num_prompt_tokens_left for r in [*running, request])
+        num_chunks = num_tokens / self._chunk_tokens
         others = islice((r for r in waiting if r is not request), _LOOKAHEAD)
-        token_ms = step_ms_with_chunk / self._chunk_tokens
-        if not _can_wait(request, others, now_s, num_tokens, token_ms):
-            return True
-        stall_s = num_tokens / self._chunk_tokens * (step_ms_with_chunk - decode_ms) / 1e3
-        return not any(
+        token_ms = (decode_ms + chunk_ms) / self._chunk_tokens
+        return not _can_wait(request, others, now_s, num_tokens, token_ms) or not any(
             r.has_started_decoding
             and r.is_savable(now_s, step_ms)
-            and not r.is_savable(now_s + stall_s, step_ms)
+            and not r.is_savable(now_s + num_chunks * chunk_ms / 1e3, step_ms)
             for r in running
         )
+
+    def _keeps_pace(
+        self,
+        running: Sequence[LiveRequest],
+        request: LiveRequest,
+        now_s: float,
+        step_ms: float,
+        baseline_ms: float,
+    ) -> bool:
+        """Whether nobody loses the TPOT objective by steps of this length."""
+        pace_ms = step_ms / self._step_share
+        at_risk = [
+            r
+            for r in [*running, request]
+            if pace_ms > max(r.tracker.slo.tpot_ms, self._tpot_slo_ms)
+            and r.is_savable(now_s, baseline_ms)
+        ]
+        return not at_risk or all(r.is_savable(now_s, pace_ms) for r in [request, *at_risk])
 
     def observe(self, width: int, context_tokens: int, has_prefill: bool, step_ms: float) -> None:
         """Follows what steps take beyond decode, in the mean.
