@@ -224,8 +224,9 @@ def _levers(outcomes: Outcomes) -> TextTable:
                 rows.append([f"{cell}, {levers}", *map(_text, ratios)])
     return TextTable(
         "Levers: SLO capacity with other levers over that with the shipped ones",
-        ["cell, levers", *policies], rows, "Below one: the shipped setting is better.",
-    )  # fmt: skip
+        *_without_empty_columns(["cell, levers", *policies], rows),
+        "Below one: the shipped setting is better.",
+    )
 
 
 _VARIANTS = {
@@ -251,7 +252,7 @@ def _variant(outcomes: Outcomes, suffix: str) -> TextTable:
         ]
         if any(ratios):
             rows.append([cell, *map(_text, ratios)])
-    return TextTable(_VARIANTS[suffix], ["cell", *policies], rows)
+    return TextTable(_VARIANTS[suffix], *_without_empty_columns(["cell", *policies], rows))
 
 
 _GROUP_ROWS: tuple[tuple[str, tuple[str, ...], float, str], ...] = (
@@ -336,6 +337,14 @@ def _value(outcome: Outcome | None, figure: str, form: str) -> str:
         return ""
     rate = getattr(outcome, figure).rate
     return "not found" if rate is None else format(rate, form)
+
+
+def _without_empty_columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> tuple[list[str], list[list[str]]]:
+    """Policies that nothing was measured of in any row are left out."""
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _text(ratio: Ratio | None) -> str:
