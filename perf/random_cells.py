@@ -14,7 +14,7 @@ import numpy as np
 from perf.evaluation_cells import CELLS, NamedCell, study_of
 from perf.mixes import Mix
 from perf.simulate_arguments import PROFILES
-from perf.upper_bound import demand_of_load, upper_bound
+from perf.upper_bound import bound_of_demand, demand_of_load
 from taper_trtllm.engines.simulated import StepTimes
 from taper_trtllm.profile import LatencyProfile, load_profile
 
@@ -107,7 +107,7 @@ def _with_durations(cell: NamedCell) -> NamedCell:
     study = study_of(cell, "taper", "shipped", 0.0, 1.0)
     demand = demand_of_load(study.deployment, study.load)
     alone_s = demand.output_tokens * cell.tpot_ms / 1e3  # one branch after another
-    window_s = _NUM_REQUESTS / (0.7 * upper_bound(study.deployment, study.load))
+    window_s = _NUM_REQUESTS / (0.7 * bound_of_demand(study.deployment, demand))
     return replace(
         cell,
         warmup_s=round(float(np.clip(alone_s, 30, 120))),

@@ -75,7 +75,11 @@ class Demand:
 
 def upper_bound(deployment: Deployment, load: LoadConfig) -> float:
     """The fluid bound of a deployment in requests per second, from a sample of its load."""
-    demand = demand_of_load(deployment, load)
+    return bound_of_demand(deployment, demand_of_load(deployment, load))
+
+
+def bound_of_demand(deployment: Deployment, demand: Demand) -> float:
+    """The fluid bound of a deployment in requests per second, for requests that ask so much."""
     kinds = step_kinds(deployment, demand)
     engine = deployment.engine
     return largest_rate(

@@ -14,7 +14,7 @@ from enum import Enum, auto
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.predictor import StepLatencyPredictor
 
-_TTFT_MARGIN = 0.3  # share of the TTFT objective by which a prompt should be ready ahead of it
+TTFT_MARGIN = 0.3  # share of the TTFT objective by which a prompt should be ready ahead of it
 _LEAST_PROTECTED_SHARE = 0.25  # of the chunk budget, for what a request needs to go on at all
 _RESOLUTION_TOKENS = 8
 
@@ -113,7 +113,7 @@ class PrefillGate:
             work_ms += token_ms * prompt.num_tokens
             # One that is late already gets as long again: it must not cost others their objective.
             left_ms = prompt.time_left_ms if prompt.time_left_ms > 0 else prompt.ttft_slo_ms
-            spare_ms = left_ms - _TTFT_MARGIN * prompt.ttft_slo_ms - work_ms
+            spare_ms = left_ms - TTFT_MARGIN * prompt.ttft_slo_ms - work_ms
             if spare_ms <= 0:
                 return float("inf")
             # Steps of T0 + pace do `work_ms` within `spare_ms + work_ms`.

@@ -9,11 +9,11 @@ from typing import Literal
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.live_request import LiveRequest
 from taper_trtllm.predictor import StepLatencyPredictor
+from taper_trtllm.prefill_gate import TTFT_MARGIN
 
 RequestAdmission = Literal["patient", "tpot", "slots"]
 
 _MEMORY_STEPS = 50
-_TTFT_MARGIN = 0.3  # share of its TTFT objective by which a prompt should be ready ahead of it
 _LOOKAHEAD = 32  # waiting requests whose prompts are seen coming
 
 
@@ -157,4 +157,4 @@ def _can_wait(
 
 def _spare_ms(request: LiveRequest, now_s: float) -> float:
     """Until its prompt should be ready."""
-    return request.tracker.ttft_left_ms(now_s) - _TTFT_MARGIN * request.tracker.slo.ttft_ms
+    return request.tracker.ttft_left_ms(now_s) - TTFT_MARGIN * request.tracker.slo.ttft_ms
