@@ -43,9 +43,9 @@ from perf.evaluation_runs import (
     Task,
     TaskRunner,
     TaskRuns,
+    bound_of,
     is_complete,
     load_all,
-    tasks_in,
 )
 from perf.evaluation_summary import Outcome, cells_of, outcome_of
 from perf.evaluation_tables import TextTable, all_tables
@@ -193,15 +193,14 @@ def report(
     arguments: argparse.Namespace, tasks: Sequence[Task], scale: Scale, console: Console
 ) -> None:
     """Prints and writes the tables and plots of all that the directory holds."""
-    others = tasks_in(arguments.output_dir, scale)
-    measured = load_all(dict.fromkeys([*tasks, *others]), arguments.output_dir, scale)
+    measured = load_all(arguments.output_dir, scale)
     missing = [task for task in tasks if not is_complete(measured.get(task), scale)]
     found = {
         task: outcome_of(m, scale.num_seeds, scale.target)
         for task, m in measured.items()
         if is_complete(m, scale)
     }
-    bounds = {task.cell: m.upper_bound for task, m in measured.items()}
+    bounds = {task.cell: bound_of(task.cell) for task in measured}
     tables = all_tables(found, bounds, scale)
     for table in tables:
         console.print(table.rich())

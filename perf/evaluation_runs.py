@@ -87,12 +87,10 @@ class TaskRuns:
 
     Attributes:
         task: Which one.
-        upper_bound: Of its cell, in requests per second.
         runs: Figures by grid step and seed.
     """
 
     task: Task
-    upper_bound: float
     runs: dict[tuple[int, int], Result] = field(default_factory=dict)
 
     def column(self, figure: Callable[[Result], float | None]) -> dict[int, list[float]]:
@@ -117,7 +115,7 @@ class TaskRuns:
         """Grid steps and seeds to measure next; empty when the task is done."""
         attainment, goodput = self.attainment(), self.token_goodput()
         measured = {s: list(zip(attainment[s], goodput[s], strict=True)) for s in attainment}
-        start = grid_step(_START * self.upper_bound)
+        start = grid_step(_START * bound_of(self.task.cell))
         wanted = wanted_seeds(measured, scale.grid, start, scale.num_seeds, scale.target)
         return [
             (step, seed) for step, num_seeds in wanted.items() for seed in range(num_seeds)
@@ -155,13 +153,29 @@ def load_task(task: Task, directory: Path, scale: Scale) -> TaskRuns | None:
         raise EvaluationError(
             f"{path} was measured with other settings; remove it, or choose another --output-dir"
         )
+    return _runs_of(task, found)
+
+
+def load_all(directory: Path, scale: Scale) -> dict[Task, TaskRuns]:
+    """All that the directory holds with these settings, in order of name."""
+    measured = {}
+    for path in sorted(directory.glob("*/*/*.json")):
+        found = json.loads(path.read_text())
+        settings = found["settings"]
+        task = Task(settings["cell"], settings["levers"], settings["scheduler"]["policy"])
+        if settings == _settings(task, scale):
+            measured[task] = _runs_of(task, found)
+    return measured
+
+
+def _runs_of(task: Task, found: Mapping[str, Any]) -> TaskRuns:
     runs = {
         (grid_step(run["request_rate"]), run["seed"]): {
             k: v for k, v in run.items() if k not in ("request_rate", "seed")
         }
         for run in found["runs"]
     }
-    return TaskRuns(task, bound_of(task.cell), runs)
+    return TaskRuns(task, runs)
 
 
 def save_task(measured: TaskRuns, directory: Path, scale: Scale) -> None:
@@ -174,7 +188,7 @@ def save_task(measured: TaskRuns, directory: Path, scale: Scale) -> None:
         "schema_version": SCHEMA_VERSION,
         "settings": _settings(measured.task, scale),
         "git_sha": git_sha(),
-        "upper_bound_rps": measured.upper_bound,
+        "upper_bound_rps": bound_of(measured.task.cell),
         "runs": runs,
     }
     save_json(content, directory / measured.task.path)
@@ -266,7 +280,7 @@ class TaskRunner:
 
     def _begin(self, task: Task) -> None:
         found = load_task(task, self._directory, self._scale)
-        self._active[task] = found or TaskRuns(task, bound_of(task.cell))
+        self._active[task] = found or TaskRuns(task)
         self._go_on(task)
 
     def _go_on(self, task: Task) -> None:
@@ -306,20 +320,3 @@ def _run(study: Study, cell: Cell) -> Result:
 def is_complete(measured: TaskRuns | None, scale: Scale) -> bool:
     """Nothing is left to measure of a task."""
     return measured is not None and not measured.wanted(scale)
-
-
-def tasks_in(directory: Path, scale: Scale) -> list[Task]:
-    """Tasks of which the directory holds runs with these settings, in order of name."""
-    found = []
-    for path in sorted(directory.glob("*/*/*.json")):
-        settings = json.loads(path.read_text())["settings"]
-        task = Task(settings["cell"], settings["levers"], settings["scheduler"]["policy"])
-        if settings == _settings(task, scale):
-            found.append(task)
-    return found
-
-
-def load_all(tasks: Iterable[Task], directory: Path, scale: Scale) -> dict[Task, TaskRuns]:
-    """What the directory holds of the tasks."""
-    found = {task: load_task(task, directory, scale) for task in tasks}
-    return {task: measured for task, measured in found.items() if measured is not None}

@@ -18,9 +18,9 @@ from perf.evaluation_runs import (
     Task,
     TaskRuns,
     bound_of,
+    load_all,
     load_task,
     save_task,
-    tasks_in,
 )
 from perf.evaluation_summary import Outcome, Ratio, outcome_of, paired, peak
 from perf.evaluation_tables import all_tables
@@ -87,7 +87,7 @@ def outcome(rates, num_seeds=3) -> Outcome:
             runs[step, seed] = {
                 "slo_attainment": met, "token_goodput": 100 * met * grid_rate(step)
             }  # fmt: skip
-    return outcome_of(TaskRuns(Task("A", "shipped", "x"), 1.0, runs), num_seeds, 0.95)
+    return outcome_of(TaskRuns(Task("A", "shipped", "x"), runs), num_seeds, 0.95)
 
 
 def test_ratios_are_paired_and_carry_the_error_of_the_mean():
@@ -134,7 +134,7 @@ def measured(task, true_capacity) -> TaskRuns:
         for step in range(-12, 24)
         for seed in range(2)
     }
-    return TaskRuns(task, 1.5, runs)
+    return TaskRuns(task, runs)
 
 
 def test_tables_name_what_is_lost_and_tell_the_two_figures_of_regime_p():
@@ -218,16 +218,17 @@ def test_plans_begin_with_what_matters_most():
 
 def test_a_file_of_other_settings_is_refused(tmp_path):
     task, scale = Task("A", "shipped", "taper"), Scale(2, QUICK, 10.0)
-    saved = replace(measured(task, 1.0), upper_bound=bound_of("A"))  # as it is worked out now
+    saved = measured(task, 1.0)
     save_task(saved, tmp_path, scale)
     assert load_task(task, tmp_path, scale) == saved
     assert load_task(task, tmp_path, replace(scale, num_seeds=5)) == saved
     with pytest.raises(EvaluationError, match=r"taper\.json"):
         load_task(task, tmp_path, replace(scale, duration_s=20.0))
     assert load_task(Task("A", "bare", "taper"), tmp_path, scale) is None
-    save_task(measured(Task("A", "bare", "step-ceiling:0.9"), 1.0), tmp_path, scale)
-    assert tasks_in(tmp_path, scale) == [Task("A", "bare", "step-ceiling:0.9"), task]
-    assert tasks_in(tmp_path, replace(scale, duration_s=20.0)) == []
+    other = measured(Task("A", "bare", "step-ceiling:0.9"), 1.0)
+    save_task(other, tmp_path, scale)
+    assert load_all(tmp_path, scale) == {other.task: other, task: saved}
+    assert load_all(tmp_path, replace(scale, duration_s=20.0)) == {}
 
 
 # ----------------------------------------------------------------------------------- command line
