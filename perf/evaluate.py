@@ -35,7 +35,7 @@ from rich.progress import (
 )
 
 from perf.argument_types import positive, positive_int
-from perf.evaluation_cells import CELLS, LEVERS
+from perf.evaluation_cells import CELLS, FREE_EXTRAS, LEVERS
 from perf.evaluation_plots import plot_cell, plot_ratios
 from perf.evaluation_runs import (
     EvaluationError,
@@ -47,9 +47,9 @@ from perf.evaluation_runs import (
     is_complete,
     load_all,
 )
-from perf.evaluation_summary import Outcome, cells_of, outcome_of
+from perf.evaluation_summary import Outcome, cells_of, outcome_of, with_costs
 from perf.evaluation_tables import TextTable, all_tables
-from perf.random_cells import cell_named, is_random
+from perf.random_cells import cell_named
 from perf.rate_search import FULL, QUICK
 from perf.sweep_cells import check_policies
 from taper_trtllm.config import ConfigError
@@ -84,6 +84,8 @@ def plan(
         tasks += [Task(cell, "shipped", policy) for policy in shipped]
         if cell == "P":
             tasks += [Task(cell, "bare", policy) for policy in policies or _MAIN]
+    if not policies:
+        tasks += [Task(f"{cell}{FREE_EXTRAS}", "shipped", "irp-eager") for cell in chosen]
     if not is_quick:
         tasks += [
             Task(cell, lever, policy)
@@ -138,14 +140,15 @@ def _check(arguments: argparse.Namespace) -> None:
     Raises:
         EvaluationError, ConfigError: With the name.
     """
-    given = {
-        "cells": [name for name in arguments.cells or () if not is_random(name)],
-        "levers": arguments.levers or (),
-    }
-    for option, known in (("cells", CELLS), ("levers", LEVERS)):
-        for name in given[option]:
-            if name not in known:
-                raise EvaluationError(f"--{option}: {name!r} is not one of {', '.join(known)}")
+    for name in arguments.cells or ():
+        try:
+            cell_named(name)
+        except KeyError:
+            known = f"{', '.join(CELLS)}, random-N, or one of them with {FREE_EXTRAS} behind"
+            raise EvaluationError(f"--cells: {name!r} is not one of {known}") from None
+    for name in arguments.levers or ():
+        if name not in LEVERS:
+            raise EvaluationError(f"--levers: {name!r} is not one of {', '.join(LEVERS)}")
     check_policies(arguments.policies or ())
     readme = arguments.readme
     if readme and not all(marker in readme.read_text() for marker in MARKERS):
@@ -233,7 +236,7 @@ def _write(path: Path, readme: Path | None, tables: Sequence[TextTable], gaps: s
 def _plot(
     measured: dict[Task, TaskRuns], found: dict[Task, Outcome], scale: Scale, directory: Path
 ) -> None:
-    for cell in cells_of(found):
+    for cell in cells_of(with_costs(found)):
         runs = {task: m for task, m in measured.items() if task.cell == cell}
         title = f"{cell}: {cell_named(cell).title}"
         plot_cell(runs, found, title, scale.target, directory / f"{cell}.png")

@@ -39,6 +39,9 @@ LEVERS: dict[str, dict[str, Any]] = {
 }
 
 
+FREE_EXTRAS = "-free-extras"  # behind a cell's name: the same cell with `free_extras`
+
+
 @dataclass(frozen=True, slots=True)
 class NamedCell:
     """One deployment under one kind of load.
@@ -55,6 +58,7 @@ class NamedCell:
         max_prefill_tokens: Chunk budget of a step.
         disaggregated_prefill: See `SimulatedConfig`.
         free_joins: See `SimulatedConfig`.
+        free_extras: See `SimulatedConfig`.
         prefix_sharing_attention: See `SimulatedConfig`.
         arrivals: See `LoadConfig`.
         cv: See `LoadConfig`.
@@ -78,6 +82,7 @@ class NamedCell:
     max_prefill_tokens: int = 1024
     disaggregated_prefill: bool = False
     free_joins: bool = False
+    free_extras: bool = False
     prefix_sharing_attention: bool = False
     arrivals: Arrivals = "poisson"
     cv: float = 1.0
@@ -166,6 +171,7 @@ def study_of(
         max_batch_size=_MAX_BATCH_SIZE,
         disaggregated_prefill=cell.disaggregated_prefill,
         free_joins=cell.free_joins,
+        free_extras=cell.free_extras,
         prefix_sharing_attention=cell.prefix_sharing_attention,
         disturbance=cell.disturbance,
     )

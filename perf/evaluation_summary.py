@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perf.capacity import Capacity, capacity, grid_rate, ratio
+from perf.evaluation_cells import FREE_EXTRAS
 from perf.evaluation_runs import Result, Task, TaskRuns
 
 REFERENCE = "taper"
@@ -120,6 +121,17 @@ def best_static(outcomes: Outcomes, cell: str) -> str | None:
 def cells_of(tasks: Iterable[Task]) -> list[str]:
     """Cells in order."""
     return list(dict.fromkeys(task.cell for task in tasks))
+
+
+def with_costs(outcomes: Outcomes) -> dict[Task, Outcome]:
+    """Those of cells whose extras cost time."""
+    return {t: found for t, found in outcomes.items() if not t.cell.endswith(FREE_EXTRAS)}
+
+
+def free_extras_rate(outcomes: Outcomes, cell: str) -> float | None:
+    """SLO capacity of a cell with every branch abreast at no cost; None where it was not found."""
+    found = outcomes.get(Task(f"{cell}{FREE_EXTRAS}", "shipped", "irp-eager"))
+    return found.capacity.rate if found else None
 
 
 def policies_of(tasks: Iterable[Task]) -> list[str]:

@@ -18,11 +18,13 @@ from perf.evaluation_summary import (
     Task,
     best_static,
     cells_of,
+    free_extras_rate,
     geometric_mean,
     paired,
     policies_of,
     statics_of,
     variants_of,
+    with_costs,
 )
 from perf.random_cells import cell_named
 
@@ -54,18 +56,40 @@ class TextTable:
         return "\n".join(lines + [_row(row) for row in self.rows]) + "\n"
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What no branch admission should exceed in a cell, in requests per second.
+
+    Attributes:
+        fluid: See `upper_bound`.
+        free_extras: See `free_extras_rate`.
+    """
+
+    fluid: float
+    free_extras: float | None
+
+    @property
+    def least(self) -> float:
+        """The tighter one."""
+        return self.fluid if self.free_extras is None else min(self.fluid, self.free_extras)
+
+
 def _row(texts: Sequence[str]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
-def all_tables(outcomes: Outcomes, bounds: dict[str, float], scale: Scale) -> list[TextTable]:
+def all_tables(outcomes: Outcomes, fluid_bounds: dict[str, float], scale: Scale) -> list[TextTable]:
     """Every table that the outcomes suffice for.
 
     Args:
         outcomes: By task, in order.
-        bounds: Upper bound by cell, in requests per second.
+        fluid_bounds: Upper bound by cell, in requests per second.
         scale: How much was measured.
     """
+    bounds = {
+        cell: Bounds(rate, free_extras_rate(outcomes, cell)) for cell, rate in fluid_bounds.items()
+    }
+    outcomes = with_costs(outcomes)
     tables = [
         _capacities(outcomes, bounds),
         _peaks(outcomes),
@@ -86,14 +110,20 @@ def all_tables(outcomes: Outcomes, bounds: dict[str, float], scale: Scale) -> li
 # ---------------------------------------------------------------------------------- figures
 
 
-def _capacities(outcomes: Outcomes, bounds: dict[str, float]) -> TextTable:
+def _capacities(outcomes: Outcomes, bounds: dict[str, Bounds]) -> TextTable:
     policies = policies_of(outcomes)
     rows = [
-        [cell, f"{bounds[cell]:.3g}", *(_value(o, "capacity", ".3g") for o in shipped)]
+        [
+            cell,
+            f"{bounds[cell].fluid:.3g}",
+            _rate(bounds[cell].free_extras),
+            *(_value(o, "capacity", ".3g") for o in shipped),
+        ]
         for cell, shipped in _shipped(outcomes, policies)
     ]
     return TextTable(
-        "SLO capacity, requests per second", ["cell", "upper bound", *policies], rows,
+        "SLO capacity, requests per second",
+        ["cell", "fluid bound", "free extras", *policies], rows,
         "The highest rate at which 95 % of requests meet their objective; equal levers everywhere.",
     )  # fmt: skip
 
@@ -124,7 +154,7 @@ def _against_rivals(outcomes: Outcomes, figure: str) -> TextTable:
     )  # fmt: skip
 
 
-def _aims(outcomes: Outcomes, bounds: dict[str, float]) -> TextTable:
+def _aims(outcomes: Outcomes, bounds: dict[str, Bounds]) -> TextTable:
     """Against the static policy that is best in the cell, and against the upper bound."""
     rows, ratios, shares = [], [], []
     for cell in cells_of(outcomes):
@@ -135,7 +165,7 @@ def _aims(outcomes: Outcomes, bounds: dict[str, float]) -> TextTable:
             continue
         bound = found.lower_bound
         ratios.append(found.value)
-        shares.append(rate / bounds[cell])
+        shares.append(rate / bounds[cell].least)
         rows.append([cell, best, str(found), "" if bound is None else f"{bound:.2f}",
                      f"{shares[-1]:.2f}"])  # fmt: skip
     if rows:
@@ -143,8 +173,9 @@ def _aims(outcomes: Outcomes, bounds: dict[str, float]) -> TextTable:
         rows.append(["median", "", medians[0], "", medians[1]])
     return TextTable(
         "TAPER over the static policy that is best in each cell, SLO capacity",
-        ["cell", "best static policy", "ratio", "one-sided 95 % bound", "share of upper bound"],
-        rows, "Of the static policies measured there, with equal levers.",
+        ["cell", "best static policy", "ratio", "one-sided 95 % bound", "share of bound"],
+        rows, "Of the static policies measured there, with equal levers. The bound: the fluid one, "
+        "or the capacity if extra branches cost nothing (free extras) where that is less.",
     )  # fmt: skip
 
 
@@ -337,6 +368,10 @@ def _value(outcome: Outcome | None, figure: str, form: str) -> str:
         return ""
     rate = getattr(outcome, figure).rate
     return "not found" if rate is None else format(rate, form)
+
+
+def _rate(rate: float | None) -> str:
+    return "" if rate is None else f"{rate:.3g}"
 
 
 def _without_empty_columns(

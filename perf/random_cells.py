@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from perf.evaluation_cells import CELLS, NamedCell, study_of
+from perf.evaluation_cells import CELLS, FREE_EXTRAS, NamedCell, study_of
 from perf.mixes import Mix
 from perf.simulate_arguments import PROFILES
 from perf.upper_bound import bound_of_demand, demand_of_load
@@ -28,19 +28,18 @@ _WIDTH, _CONTEXT_TOKENS = 32, 2000  # of the decode batch to which objectives ar
 
 
 def cell_named(name: str) -> NamedCell:
-    """A cell of `CELLS`, or ``random-N``.
+    """A cell of `CELLS` or ``random-N``, or one of them with ``-free-extras`` behind its name.
 
     Raises:
         KeyError: There is no such cell.
     """
-    if is_random(name):
-        return _random_cell(int(name.removeprefix(_PREFIX)))
-    return CELLS[name]
-
-
-def is_random(name: str) -> bool:
-    """Whether a name is ``random-N``."""
-    return name.startswith(_PREFIX) and name.removeprefix(_PREFIX).isdecimal()
+    base = name.removesuffix(FREE_EXTRAS)
+    number = base.removeprefix(_PREFIX)
+    is_random = number != base and number.isdecimal()
+    cell = _random_cell(int(number)) if is_random else CELLS[base]
+    if base == name:
+        return cell
+    return replace(cell, title=f"{cell.title}; extras cost nothing", free_extras=True)
 
 
 @cache

@@ -47,12 +47,12 @@ class VirtualTrtllmEngine(TrtllmEngine):
         leases: How places are given.
 
     Raises:
-        ValueError: The fake executor has no disaggregated prefill.
+        ValueError: The fake executor has no disaggregated prefill, and nothing is free on it.
     """
 
     def __init__(self, truth: LatencyProfile, config: SimulatedConfig, leases: Leases) -> None:
-        if config.disaggregated_prefill or config.free_joins:
-            raise ValueError("the fake executor computes every prompt itself")
+        if config.disaggregated_prefill or config.free_joins or config.free_extras:
+            raise ValueError("the fake executor computes every prompt and every branch itself")
         with tempfile.TemporaryDirectory() as directory:
             path = Path(directory)
             _write(path, truth, config, leases)

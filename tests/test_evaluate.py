@@ -145,10 +145,13 @@ def test_tables_name_what_is_lost_and_tell_the_two_figures_of_regime_p():
         Task("P", "bare", "irp-off"): 0.8, Task("A", "shipped", "taper"): 1.0,
         Task("P-free-joins", "shipped", "taper"): 1.5, Task("P-cascade", "shipped", "irp-off"): 1.1,
         Task("P", "shipped", "taper:no-slack"): 0.9,
+        Task("P-free-extras", "shipped", "irp-eager"): 1.25,
     }  # fmt: skip
     outcomes = {t: outcome_of(measured(t, c), 2, 0.95) for t, c in tasks.items()}
     tables = all_tables(
-        outcomes, {"P": 1.5, "A": 1.4, "P-free-joins": 2.0, "P-cascade": 2.0}, scale
+        outcomes,
+        {"P": 1.5, "A": 1.4, "P-free-joins": 2.0, "P-cascade": 2.0, "P-free-extras": 1.5},
+        scale,
     )
     by_title = {table.title: {row[0]: row[1:] for row in table.rows} for table in tables}
     against = by_title["TAPER over each rival, SLO capacity"]
@@ -160,7 +163,11 @@ def test_tables_name_what_is_lost_and_tell_the_two_figures_of_regime_p():
     aims = by_title["TAPER over the static policy that is best in each cell, SLO capacity"]
     assert list(aims) == ["P", "median"] and aims["P"][0] == "step-ceiling:0.9"
     ratio, bound, share = aims["P"][1:]
-    assert ratio.startswith("0.92") and float(bound) <= 0.92 and float(share) == 0.8
+    assert ratio.startswith("0.92") and float(bound) <= 0.92
+    assert float(share) == pytest.approx(0.96, abs=0.011)  # of 1.25, which is less than 1.5
+    capacities = by_title["SLO capacity, requests per second"]
+    assert capacities["P"][:2] == ["1.5", "1.25"] and capacities["A"][:2] == ["1.4", ""]
+    assert "P-free-extras" not in capacities
     shipped, bare, both = by_title["Regime P"]["irp-off, SLO capacity"]
     ratios = [float(r[:4]) for r in (shipped, bare, both)]
     assert ratios == pytest.approx([1.2, 1.375, 1.5], abs=0.011)
@@ -201,8 +208,16 @@ def test_random_cells_are_drawn_by_number():
     for i, cell in enumerate(cells):
         assert bound_of(f"random-{i}") > 0 and cell.quick_duration_s >= 30
         assert described(cell)["profile"] == cell.profile
-    with pytest.raises(KeyError):
-        cell_named("random-x")
+    for name in ("random-x", "random-", "-free-extras"):
+        with pytest.raises(KeyError):
+            cell_named(name)
+
+
+def test_a_cell_can_have_free_extras():
+    for name in ("A", "random-2"):
+        cell = cell_named(f"{name}-free-extras")
+        assert replace(cell, title="", free_extras=False) == replace(cell_named(name), title="")
+        assert study_of(cell, "irp-eager", "shipped", 1.0, 1.0).deployment.engine.free_extras
 
 
 def test_plans_begin_with_what_matters_most():
@@ -211,7 +226,10 @@ def test_plans_begin_with_what_matters_most():
     assert {t.levers for t in quick if t.cell == "P"} == {"shipped", "bare"}
     full = plan(False, None, None, None)
     assert len(full) == len(set(full)) and set(quick) < set(full)
-    assert {t.cell for t in full} == set(CELLS) and {t.levers for t in full} == set(LEVERS)
+    cells = {t.cell for t in full}
+    assert cells == {*CELLS, *(f"{cell}-free-extras" for cell in CELLS)}
+    assert {t.levers for t in full} == set(LEVERS)
+    assert plan(True, ["B"], None, None)[-1] == Task("B-free-extras", "shipped", "irp-eager")
     assert plan(True, ["B"], ["taper"], ["bare"]) == [Task("B", "bare", "taper")]
     assert len({t.path for t in full}) == len(full)
 

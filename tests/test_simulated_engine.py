@@ -101,6 +101,31 @@ def test_the_executor_knows_where_prompts_are_computed(disaggregated):
         assert record.predicted_step_ms == pytest.approx(record.step_ms, rel=0.15)
 
 
+def test_free_extras_cost_nothing_and_are_not_seen():
+    """Equal to the baseline alone, with prefill beside it; the predictor learns from that."""
+    times = {}
+    for free, num_branches in ((False, 1), (True, 1), (True, 8)):
+        engine = SimulatedEngine(PROFILE, SimulatedConfig(num_kv_blocks=2000, free_extras=free))
+        engine.add_sequence(0, 0, [0] * 1000, PARAMS)
+        engine.step(StepPlan(prefill=(PrefillChunk(0, 1000, sample=True),)))
+        for branch in range(1, num_branches):
+            engine.fork_sequence(0, branch, 1000, [0], PARAMS)
+            engine.step(StepPlan(prefill=(PrefillChunk(branch, 1, sample=True),)))
+        engine.add_sequence(99, 9, [0] * 300, PARAMS)
+        chunk = PrefillChunk(99, 300, sample=True)
+        plan = StepPlan(tuple(range(num_branches)), (chunk,), num_protected=1)
+        result = engine.step(plan)
+        times[free, num_branches] = result.step_ms
+        assert len(result.decoded) == num_branches
+        if free:
+            (audit,) = result.audits
+            assert (audit.width, audit.num_context_tokens) == (1, 1001)
+            assert audit.prefill.num_tokens == 300 and audit.step_ms == result.step_ms
+        else:
+            assert result.audits is None
+    assert times[True, 8] == times[True, 1] == times[False, 1]
+
+
 def test_a_shared_prefix_is_read_once_where_attention_does_so():
     """Trees of branches: what a step reads is the tokens of the union of its sequences."""
     times = {}

@@ -8,12 +8,18 @@ not show (`Disturbance`), so that a predictor fitted on the profile has somethin
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from taper_trtllm.batch import FloatArray, PrefillLoad
-from taper_trtllm.engines.base import SequenceId, SequenceParams, StepPlan
+from taper_trtllm.engines.base import (
+    IterationAudit,
+    SequenceId,
+    SequenceParams,
+    StepPlan,
+    StepResult,
+)
 from taper_trtllm.engines.kv_cache import BlockCopy
 from taper_trtllm.engines.paged_engine import (
     ChunkWork,
@@ -66,6 +72,8 @@ class SimulatedConfig:
         disaggregated_prefill: Prompts are computed elsewhere and cost no time here; headers and
             joins always do.
         free_joins: Neither do headers and joins (the assumption of earlier studies).
+        free_extras: A step takes, and is seen to take, the time of its protected baseline and its
+            prefill alone: what branches would come to if they cost nothing.
         prefix_sharing_attention: A step reads what sequences of a request share once (cascade
             attention).
         disturbance: Of the step time.
@@ -78,6 +86,7 @@ class SimulatedConfig:
     max_seq_len: int = 40960
     disaggregated_prefill: bool = False
     free_joins: bool = False
+    free_extras: bool = False
     prefix_sharing_attention: bool = False
     disturbance: Disturbance = Disturbance()
     seed: int = 0
@@ -245,6 +254,16 @@ class SimulatedEngine(PagedEngine):
         self._num_prompt_tokens.pop(sequence_id, None)
         del self._lineage[sequence_id]
 
+    def step(self, plan: StepPlan) -> StepResult:
+        """See `Engine`."""
+        if not self._config.free_extras:
+            return super().step(plan)
+        load = self._load(self._chunks(plan))
+        contexts = [self.num_tokens(i) for i in plan.decode[: plan.num_protected]]
+        result = super().step(plan)
+        audit = IterationAudit(result.iteration, result.step_ms, len(contexts), sum(contexts), load)
+        return replace(result, audits=(audit,))
+
     def _compute(
         self,
         plan: StepPlan,
@@ -255,6 +274,8 @@ class SimulatedEngine(PagedEngine):
         contexts: Sequence[float] = [sequence.table.num_tokens for sequence in decode]
         if self._config.prefix_sharing_attention:
             contexts = self._read_once(plan.decode, contexts)
+        if self._config.free_extras:
+            contexts = contexts[: plan.num_protected]
         self._clock_s += self._device.step_ms(contexts, self._load(chunks)) / 1e3
         drawn = dict.fromkeys(plan.decode, _TOKEN)
         drawn |= {chunk.sequence_id: _TOKEN for chunk in chunks if chunk.sample}
