@@ -113,7 +113,7 @@ def test_free_extras_cost_nothing_and_are_not_seen():
             engine.step(StepPlan(prefill=(PrefillChunk(branch, 1, sample=True),)))
         engine.add_sequence(99, 9, [0] * 300, PARAMS)
         chunk = PrefillChunk(99, 300, sample=True)
-        plan = StepPlan(tuple(range(num_branches)), (chunk,), num_protected=1)
+        plan = StepPlan(tuple(range(num_branches)), prefill=(chunk,), num_protected=1)
         result = engine.step(plan)
         times[free, num_branches] = result.step_ms
         assert len(result.decoded) == num_branches
