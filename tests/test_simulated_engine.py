@@ -110,7 +110,7 @@ def test_free_extras_cost_nothing_and_are_not_seen():
         engine.step(StepPlan(prefill=(PrefillChunk(0, 1000, sample=True),)))
         for branch in range(1, num_branches):
             engine.fork_sequence(0, branch, 1000, [0], PARAMS)
-            engine.step(StepPlan(prefill=(PrefillChunk(branch, 1, sample=True),)))
+            engine.step(StepPlan(prefill=(PrefillChunk(branch, 2, sample=True),)))
         engine.add_sequence(99, 9, [0] * 300, PARAMS)
         chunk = PrefillChunk(99, 300, sample=True)
         plan = StepPlan(tuple(range(num_branches)), prefill=(chunk,), num_protected=1)
@@ -123,7 +123,8 @@ def test_free_extras_cost_nothing_and_are_not_seen():
             assert audit.prefill.num_tokens == 300 and audit.step_ms == result.step_ms
         else:
             assert result.audits is None
-    assert times[True, 8] == times[True, 1] == times[False, 1]
+    assert times[True, 8] == pytest.approx(times[False, 1])
+    assert times[True, 1] == pytest.approx(times[False, 1])
 
 
 def test_a_shared_prefix_is_read_once_where_attention_does_so():
