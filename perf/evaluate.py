@@ -63,7 +63,7 @@ _OTHERS = (
     "taper:constant-predictor", "taper:uncorrected",
 )  # fmt: skip
 _QUICK_CELLS = (
-    "A", "E", "P", "C", "public", "B", "F", "G", "lists", "reasoning", "tree", "plain",
+    "A", "E", "P", "C", "public", "B", "F", "G", "lists", "reasoning", "plain",
 )  # fmt: skip
 _LEVER_CELLS = ("P", "A", "E", "C", "public", "B", "F", "G")
 
