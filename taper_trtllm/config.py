@@ -9,6 +9,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from taper_trtllm.request import RequestLimits, SloTarget
 
+LateRequests = Literal["defer", "fcfs"]
+RequestAdmission = Literal["patient", "tpot", "slots"]
+
 
 class ConfigError(ValueError):
     """A configuration that cannot be used, naming the field."""
@@ -206,8 +209,8 @@ class SchedulerConfig(_Model):
     max_batch_size: _PositiveInt = 256
     max_prefill_tokens: _PositiveInt = 128
     prefill_chunking: Literal["slack", "full"] = "full"
-    late_requests: Literal["defer", "fcfs"] = "defer"
-    request_admission: Literal["patient", "tpot", "slots"] = "tpot"
+    late_requests: LateRequests = "defer"
+    request_admission: RequestAdmission = "tpot"
     rho: Annotated[float, Field(gt=0, le=1)] = 0.5
     kappa: Annotated[float, Field(ge=1)] = 1.0
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import Literal
 
 from taper_trtllm.batch import PrefillLoad
+from taper_trtllm.config import RequestAdmission
 from taper_trtllm.live_request import LiveRequest
 from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.prefill_gate import TTFT_MARGIN
-
-RequestAdmission = Literal["patient", "tpot", "slots"]
 
 _MEMORY_STEPS = 50
 _LOOKAHEAD = 32  # waiting requests whose prompts are seen coming

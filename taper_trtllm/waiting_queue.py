@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain
-from typing import Literal
 
+from taper_trtllm.config import LateRequests
 from taper_trtllm.live_request import LiveRequest
-
-LateRequests = Literal["defer", "fcfs"]
 
 _MEAN_GAIN, _DEVIATION_GAIN = 1 / 8, 1 / 4  # RFC 6298
 _DEVIATIONS = 2.0
