@@ -195,8 +195,9 @@ def measure(
 def report(
     arguments: argparse.Namespace, tasks: Sequence[Task], scale: Scale, console: Console
 ) -> None:
-    """Prints and writes the tables and plots of all that the directory holds."""
-    measured = load_all(arguments.output_dir, scale)
+    """Prints and writes the tables and plots of all that the directory holds, the tasks first."""
+    held = load_all(arguments.output_dir, scale)
+    measured = {task: held[task] for task in dict.fromkeys([*tasks, *held]) if task in held}
     missing = [task for task in tasks if not is_complete(measured.get(task), scale)]
     found = {
         task: outcome_of(m, scale.num_seeds, scale.target)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +66,10 @@ def _draw(
 def plot_ratios(outcomes: Outcomes, path: Path) -> None:
     """TAPER over each rival in every cell, with standard errors; equal levers."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True)
-    cells = cells_of(outcomes)
     policies = policies_of(outcomes)
     palette = colours(policies)
     rivals = [p for p in policies if p != REFERENCE]
+    cells = [cell for cell in cells_of(outcomes) if _is_compared(outcomes, cell, rivals)]
     for axis, figure_name in zip(axes, ("capacity", "peak"), strict=True):
         for i, rival in enumerate(rivals):
             offset = 0.7 * ((i + 0.5) / len(rivals) - 0.5)
@@ -84,13 +84,18 @@ def plot_ratios(outcomes: Outcomes, path: Path) -> None:
                 axis.errorbar(places, values, errors, fmt="o", markersize=4, capsize=2,
                               color=palette[rival], label=rival)  # fmt: skip
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(cells)), cells, rotation=30)
+        axis.set_xticks(range(len(cells)), cells, rotation=30, ha="right")
         axis.grid(alpha=0.25, axis="y")
     axes[0].set(ylabel="TAPER / rival", title="SLO capacity")
     axes[1].set(title="peak token goodput")
     if axes[0].get_legend_handles_labels()[0]:
         axes[0].legend(fontsize="small")
     _save(figure, "", path)
+
+
+def _is_compared(outcomes: Outcomes, cell: str, rivals: Iterable[str]) -> bool:
+    shipped = {task.policy for task in outcomes if (task.cell, task.levers) == (cell, "shipped")}
+    return REFERENCE in shipped and not shipped.isdisjoint(rivals)
 
 
 def _save(figure: plt.Figure, title: str, path: Path) -> None:
