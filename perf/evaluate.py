@@ -56,9 +56,9 @@ from taper_trtllm.config import ConfigError
 
 MARKERS = ("<!-- perf.evaluate: begin -->", "<!-- perf.evaluate: end -->")
 
-_MAIN = ("taper", "irp-off", "irp-eager", "step-ceiling:0.9", "fixed-cap:4")
+_MAIN = ("taper", "irp-off", "irp-eager", "step-ceiling:0.8", "fixed-cap:4")  # the best ceiling
 _OTHERS = (
-    "step-ceiling:0.7", "step-ceiling:0.8", "step-ceiling:1.0", "fixed-cap:2", "fixed-cap:5",
+    "step-ceiling:0.7", "step-ceiling:0.9", "step-ceiling:1.0", "fixed-cap:2", "fixed-cap:5",
     "fixed-cap:8", "taper:efficiency", "taper:no-slack", "taper:no-replan",
     "taper:constant-predictor", "taper:uncorrected",
 )  # fmt: skip
