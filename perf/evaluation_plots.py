@@ -11,7 +11,16 @@ from matplotlib.axes import Axes
 
 from perf.capacity import grid_rate
 from perf.evaluation_runs import TaskRuns
-from perf.evaluation_summary import REFERENCE, Outcomes, Task, cells_of, paired, policies_of
+from perf.evaluation_summary import (
+    REFERENCE,
+    Outcomes,
+    Task,
+    cells_of,
+    paired,
+    policies_of,
+    statics_of,
+    variants_of,
+)
 from perf.plots import colours
 
 _DPI = 80
@@ -22,39 +31,38 @@ def plot_cell(
 ) -> None:
     """Attainment and token goodput over the rate: mean over seeds, band from least to most.
 
+    TAPER and the static policies with the shipped levers; the tables have the rest.
+
     Args:
-        runs: Of one cell; levers other than the shipped ones are dashed.
+        runs: Of one cell.
         outcomes: Their capacities, drawn upright; of tasks that are measured wholly.
         title: Of the cell.
         target: Attainment at capacity.
         path: PNG to write.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
-    palette = colours(policies_of({**outcomes, **runs}))
-    for task, measured in runs.items():
-        is_shipped = task.levers == "shipped"
-        label = task.policy if is_shipped else f"{task.policy}, {task.levers}"
-        style = "-" if is_shipped else "--"
+    shown = {t: m for t, m in runs.items() if t.levers == "shipped"}
+    shown = {t: m for t, m in shown.items() if t.policy not in variants_of(shown)}
+    palette = colours(policies_of(shown))
+    for task, measured in shown.items():
         colour = palette[task.policy]
-        _draw(left, measured.attainment(), label, colour, style)
-        _draw(right, measured.token_goodput(), label, colour, style)
+        _draw(left, measured.attainment(), task.policy, colour)
+        _draw(right, measured.token_goodput(), task.policy, colour)
         outcome = outcomes.get(task)
-        if is_shipped and outcome and (rate := outcome.capacity.rate) is not None:
+        if outcome and (rate := outcome.capacity.rate) is not None:
             left.axvline(rate, color=colour, linewidth=0.8, linestyle=":")
     left.axhline(target, color="black", linewidth=0.8, linestyle=":")
     left.set(xlabel="requests/s", ylabel="SLO attainment", ylim=(0, 1.02))
     right.set(xlabel="requests/s", ylabel="token goodput, tokens/s")
     right.set_ylim(bottom=0)
-    left.legend(fontsize="small")
+    right.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.02, 1.0))
     _save(figure, title, path)
 
 
-def _draw(
-    axis: Axes, by_step: Mapping[int, Sequence[float]], label: str, colour: str, style: str
-) -> None:
+def _draw(axis: Axes, by_step: Mapping[int, Sequence[float]], label: str, colour: str) -> None:
     steps = sorted(by_step)
     rates = [grid_rate(step) for step in steps]
-    axis.plot(rates, [np.mean(by_step[s]) for s in steps], style, marker="o", markersize=3,
+    axis.plot(rates, [np.mean(by_step[s]) for s in steps], marker="o", markersize=3,
               color=colour, label=label)  # fmt: skip
     axis.fill_between(
         rates, [min(by_step[s]) for s in steps], [max(by_step[s]) for s in steps],
@@ -68,7 +76,7 @@ def plot_ratios(outcomes: Outcomes, path: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True)
     policies = policies_of(outcomes)
     palette = colours(policies)
-    rivals = [p for p in policies if p != REFERENCE]
+    rivals = statics_of(outcomes)
     cells = [cell for cell in cells_of(outcomes) if _is_compared(outcomes, cell, rivals)]
     for axis, figure_name in zip(axes, ("capacity", "peak"), strict=True):
         for i, rival in enumerate(rivals):
