@@ -85,7 +85,8 @@ def plan(
         if cell == "P":
             tasks += [Task(cell, "bare", policy) for policy in policies or _MAIN]
     if not policies:
-        tasks += [Task(f"{cell}{FREE_EXTRAS}", "shipped", "irp-eager") for cell in chosen]
+        costly = [cell for cell in chosen if not cell.endswith(FREE_EXTRAS)]
+        tasks += [Task(f"{cell}{FREE_EXTRAS}", "shipped", "irp-eager") for cell in costly]
     if not is_quick:
         tasks += [
             Task(cell, lever, policy)
@@ -107,7 +108,12 @@ def _parser() -> argparse.ArgumentParser:
         "--quick", action="store_true",
         help="named cells and main policies, 3 seeds, short windows, coarse rates",
     )  # fmt: skip
-    parser.add_argument("--cells", type=_names, help=f"of {','.join(CELLS)}, or random-N")
+    parser.add_argument(
+        "--cells",
+        type=_names,
+        help=f"of {','.join(CELLS)}, or random-N; "
+        f"with {FREE_EXTRAS} behind: the same with branches that cost nothing, shown beside the cell",
+    )
     parser.add_argument("--policies", type=_names, help=f"({','.join(_MAIN)}; full: more)")
     parser.add_argument(
         "--levers", type=_names,

@@ -230,6 +230,7 @@ def test_plans_begin_with_what_matters_most():
     assert cells == {*CELLS, *(f"{cell}-free-extras" for cell in CELLS)}
     assert {t.levers for t in full} == set(LEVERS)
     assert plan(True, ["B"], None, None)[-1] == Task("B-free-extras", "shipped", "irp-eager")
+    assert {t.cell for t in plan(True, ["B-free-extras"], None, None)} == {"B-free-extras"}
     assert plan(True, ["B"], ["taper"], ["bare"]) == [Task("B", "bare", "taper")]
     assert len({t.path for t in full}) == len(full)
 
