@@ -111,8 +111,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--cells",
         type=_names,
-        help=f"of {','.join(CELLS)}, or random-N; "
-        f"with {FREE_EXTRAS} behind: the same with branches that cost nothing, shown beside the cell",
+        help=f"of {','.join(CELLS)}, or random-N; with {FREE_EXTRAS} behind: the same with "
+        "branches that cost nothing, shown beside the cell",
     )
     parser.add_argument("--policies", type=_names, help=f"({','.join(_MAIN)}; full: more)")
     parser.add_argument(
