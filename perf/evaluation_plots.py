@@ -19,7 +19,6 @@ from perf.evaluation_summary import (
     paired,
     policies_of,
     statics_of,
-    variants_of,
 )
 from perf.plots import colours
 
@@ -41,8 +40,8 @@ def plot_cell(
         path: PNG to write.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2))
-    shown = {t: m for t, m in runs.items() if t.levers == "shipped"}
-    shown = {t: m for t, m in shown.items() if t.policy not in variants_of(shown)}
+    drawn = (REFERENCE, *statics_of(runs))
+    shown = {t: m for t, m in runs.items() if t.levers == "shipped" and t.policy in drawn}
     palette = colours(policies_of(shown))
     for task, measured in shown.items():
         colour = palette[task.policy]
@@ -74,8 +73,7 @@ def _draw(axis: Axes, by_step: Mapping[int, Sequence[float]], label: str, colour
 def plot_ratios(outcomes: Outcomes, path: Path) -> None:
     """TAPER over each rival in every cell, with standard errors; equal levers."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True)
-    policies = policies_of(outcomes)
-    palette = colours(policies)
+    palette = colours(policies_of(outcomes))
     rivals = statics_of(outcomes)
     cells = [cell for cell in cells_of(outcomes) if _is_compared(outcomes, cell, rivals)]
     for axis, figure_name in zip(axes, ("capacity", "peak"), strict=True):

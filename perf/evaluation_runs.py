@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import Progress
 
 from perf.capacity import grid_rate, grid_step
-from perf.evaluation_cells import described, study_of
+from perf.evaluation_cells import FREE_EXTRAS, described, study_of
 from perf.random_cells import cell_named
 from perf.rate_search import RateGrid, wanted_seeds
 from perf.result import git_sha, save_json
@@ -212,9 +212,13 @@ def _settings(task: Task, scale: Scale) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------- running
 
 
-@lru_cache
 def bound_of(cell: str) -> float:
-    """Upper bound of a named cell, in requests per second."""
+    """Fluid upper bound of a named cell, in requests per second; what extras cost is not in it."""
+    return _fluid_bound(cell.removesuffix(FREE_EXTRAS))
+
+
+@lru_cache
+def _fluid_bound(cell: str) -> float:
     study = study_of(cell_named(cell), "taper", "shipped", 0.0, 1.0)
     return upper_bound(study.deployment, study.load)
 

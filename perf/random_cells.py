@@ -19,7 +19,7 @@ from perf.simulate_arguments import PROFILES
 from perf.upper_bound import bound_of_demand, demand_of_load
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.engines.simulated import StepTimes
-from taper_trtllm.profile import LatencyProfile, load_profile
+from taper_trtllm.profile import load_profile
 
 _PREFIX = "random-"
 _NUM_REQUESTS = 150  # of a scored window at 0.7 of the upper bound
@@ -52,13 +52,14 @@ def _random_cell(number: int) -> NamedCell:
     memory_share = float(np.exp(rng.uniform(np.log(0.2), 0.0)))
     chunk_tokens = int(rng.choice([256, 512, 1024, 2048]))
     mix = _random_mix(rng)
-    prompt_ms = 0.0 if is_disaggregated else _prompt_ms(profile, chunk_tokens, mix.input_len[1])
+    times = StepTimes(profile, _WIDTH)
+    prompt_ms = 0.0 if is_disaggregated else _prompt_ms(times, chunk_tokens, mix.input_len[1])
     ttft_ms = [ms for ms in (1000, 2000, 5000, 10_000) if prompt_ms <= _LONGEST_PROMPT_SHARE * ms]
     cell = NamedCell(
         title="",
         profile=profile_name,
         source=mix,
-        tpot_ms=round(tightness * _step_ms(profile), 1),
+        tpot_ms=round(tightness * _step_ms(times), 1),
         ttft_ms=float(rng.choice(ttft_ms[:3])),
         kv_cache_tokens=int(memory_share * int(profile.provenance["kv_cache_tokens"])),
         max_num_requests=int(rng.choice([64, 128, 512])),
@@ -85,17 +86,16 @@ def _random_mix(rng: np.random.Generator) -> Mix:
     )  # type: ignore[arg-type]
 
 
-def _step_ms(profile: LatencyProfile) -> float:
-    return StepTimes(profile, 512).decode_ms(_WIDTH, _CONTEXT_TOKENS)
+def _step_ms(times: StepTimes) -> float:
+    return times.decode_ms(_WIDTH, _CONTEXT_TOKENS)
 
 
-def _prompt_ms(profile: LatencyProfile, chunk_tokens: int, num_tokens: int) -> float:
+def _prompt_ms(times: StepTimes, chunk_tokens: int, num_tokens: int) -> float:
     """Of a prompt's steps in chunks beside the decode batch."""
-    times = StepTimes(profile, 512)
     starts = range(0, num_tokens, chunk_tokens)
     chunks = [PrefillLoad().with_chunk(min(chunk_tokens, num_tokens - at), at) for at in starts]
     prefill_ms = sum(times.prefill_ms(_WIDTH, chunk) for chunk in chunks)
-    return prefill_ms + len(chunks) * times.decode_ms(_WIDTH, _CONTEXT_TOKENS)
+    return prefill_ms + len(chunks) * _step_ms(times)
 
 
 def _title(cell: NamedCell) -> str:
