@@ -8,7 +8,7 @@ directory holds anew.
   python -m perf.evaluate --quick                    # named cells, 3 seeds, at most an hour
   python -m perf.evaluate --cells A,P --levers shipped,bare --policies taper,irp-off
   python -m perf.evaluate --quick --cells random-0,random-1 --output-dir random
-  python -m perf.evaluate --output-dir full          # everything: about 400 tasks, see the README
+  python -m perf.evaluate --output-dir full          # everything: about 680 tasks, see the README
 """
 
 from __future__ import annotations
