@@ -59,7 +59,7 @@ MARKERS = ("<!-- perf.evaluate: begin -->", "<!-- perf.evaluate: end -->")
 _MAIN = ("taper", "irp-off", "irp-eager", "step-ceiling:0.8", "fixed-cap:4")  # the best ceiling
 _OTHERS = (
     "step-ceiling:0.7", "step-ceiling:0.9", "step-ceiling:1.0", "fixed-cap:2", "fixed-cap:5",
-    "fixed-cap:8", "taper:efficiency", "taper:no-slack", "taper:no-replan",
+    "fixed-cap:8", "taper:widest", "taper:no-slack", "taper:no-replan",
     "taper:constant-predictor", "taper:uncorrected",
 )  # fmt: skip
 _QUICK_CELLS = (

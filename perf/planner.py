@@ -22,7 +22,7 @@ from taper_trtllm.predictor import StepLatencyPredictor
 from taper_trtllm.profile import DecodePoint, LatencyProfile, PrefillPoint
 
 P99_BAR_MS = {512: 0.2, 4096: 1.5}
-POLICIES = ("irp-off", "irp-eager", "fixed-cap:2", "step-ceiling:0.9", "taper", "taper:efficiency")
+POLICIES = ("irp-off", "irp-eager", "fixed-cap:2", "step-ceiling:0.9", "taper", "taper:widest")
 _MEAN_LEAVES = 4  # ready leaves per request
 _TOKENS_PER_BLOCK = 16
 

@@ -2,12 +2,14 @@
 
 All policies share one scheme. The protected baseline, one leaf per request, always runs. The other
 leaves, the extras, are put in an order that does not depend on slack; the policy admits a prefix of
-that order. TAPER admits the largest prefix whose predicted step fits the step budget
+that order. TAPER admits, of the prefixes whose predicted step fits the step budget
 
     B = T0 + rho max(0, min slack - T0), at most kappa x the smallest tau,
 
-evaluating T on *every* prefix: T is not monotone in width on padded or tiled engines, where
-stopping at the first prefix that does not fit would stall (design.md section 2).
+the one with the most tokens per second, the widest of equals. It evaluates T on *every* prefix: T
+is not monotone in width on padded or tiled engines, where stopping at the first prefix that does
+not fit would stall (design.md section 2), and a few sequences in the next tile can cost more than
+they yield: slack that is kept is a lead for later, slack that is spent badly is lost.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ POLICIES = (
     "fixed-cap:N",
     "step-ceiling:F",
     "taper",
-    "taper:efficiency",
+    "taper:widest",
     "taper:no-slack",
     "taper:no-replan",
     "taper:constant-predictor",
@@ -147,15 +149,18 @@ class StepCeilingPolicy:
         extras = _fitting(batch, _ordered_extras(batch, baseline), extras_allowed, refused)
         times = _prefix_times(batch, self._predictor, baseline, extras)
         budget_ms = self._ceiling * float(np.min(batch.tpot_slo_ms, initial=np.inf))
-        return _decision(
-            baseline, extras, _largest_prefix(times, budget_ms), times, budget_ms, refused
-        )
+        admitted = _largest_prefix(times, budget_ms)
+        refused.append((extras[admitted:], RefusalReason.SLACK))
+        return _decision(baseline, extras, admitted, times, budget_ms, refused)
 
 
 class TaperPolicy:
-    """Extras within the batch's slack; with its variant ``efficiency`` and its ablations.
+    """Extras within the batch's slack, at the most tokens per second; with its ablations.
 
-    * ``efficiency``: of the feasible prefixes the one with the most tokens per second.
+    More slack never admits fewer extras: a step that becomes feasible is longer than the one that
+    was chosen, so at a better rate it is wider.
+
+    * ``widest``: the largest feasible prefix, whatever its rate.
     * ``no-slack``: the budget is kappa x the smallest tau, whatever the slack.
     * ``no-replan``: a request keeps the width it was granted when its stage began.
     """
@@ -187,10 +192,12 @@ class TaperPolicy:
         num_kept = min(num_kept, len(fitting))
         times = _prefix_times(batch, self._predictor, baseline, fitting)
         budget_ms = self._budget_ms(batch, float(times[0]))
-        if self._variant == "efficiency":
-            admitted = _most_efficient_prefix(times, len(baseline), budget_ms)
-        else:
-            admitted = max(num_kept, _largest_prefix(times, budget_ms))
+        feasible = max(num_kept, _largest_prefix(times, budget_ms))
+        admitted = feasible
+        if self._variant != "widest":
+            admitted = max(num_kept, _most_efficient_prefix(times, len(baseline), budget_ms))
+            refused.append((fitting[admitted:feasible], RefusalReason.EFFICIENCY))
+        refused.append((fitting[feasible:], RefusalReason.SLACK))
         return _decision(baseline, fitting, admitted, times, budget_ms, refused)
 
     def _budget_ms(self, batch: BatchState, baseline_ms: float) -> float:
@@ -250,8 +257,7 @@ def _granted_first(batch: BatchState, extras: IntArray, refused: _Refusals) -> t
     rank = _rank_in_request(request)
     inside = (granted > 0) & (rank < granted - 1)
     outside = (granted > 0) & ~inside
-    if outside.any():
-        refused.append((extras[outside], RefusalReason.CAP))
+    refused.append((extras[outside], RefusalReason.CAP))
     return np.concatenate([extras[inside], extras[granted == 0]]), int(inside.sum())
 
 
@@ -269,8 +275,6 @@ def _rank_in_request(request: IntArray) -> IntArray:
 
 
 def _keep(extras: IntArray, kept: BoolArray, reason: RefusalReason, refused: _Refusals) -> IntArray:
-    if kept.all():
-        return extras
     refused.append((extras[~kept], reason))
     return extras[kept]
 
@@ -280,14 +284,12 @@ def _fitting(
 ) -> IntArray:
     """Extras that memory and the batch size allow, in order."""
     if not extras_allowed:
-        if len(extras):
-            refused.append((extras, RefusalReason.PROBE))
+        refused.append((extras, RefusalReason.PROBE))
         return extras[:0]
     if int(batch.blocks_needed.sum()) > batch.num_unreserved_blocks:
         extras = _keep(extras, _within_memory(batch, extras), RefusalReason.KV_PRESSURE, refused)
     room = max(0, batch.max_batch_size - batch.num_requests)
-    if len(extras) > room:
-        refused.append((extras[room:], RefusalReason.BATCH_SIZE))
+    refused.append((extras[room:], RefusalReason.BATCH_SIZE))
     return extras[:room]
 
 
@@ -334,12 +336,10 @@ def _decision(
     budget_ms: float,
     refused: _Refusals,
 ) -> AdmissionDecision:
-    if num_admitted < len(extras):
-        refused.append((extras[num_admitted:], RefusalReason.SLACK))
     return AdmissionDecision(
         baseline=baseline,
         extras=extras[:num_admitted],
-        refused=tuple(refused),
+        refused=tuple((rows, reason) for rows, reason in refused if len(rows)),
         baseline_ms=float(times[0]),
         step_ms=float(times[num_admitted]),
         budget_ms=budget_ms,

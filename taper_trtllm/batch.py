@@ -18,6 +18,7 @@ class RefusalReason(str, Enum):
     """Why a ready branch is left out of a step."""
 
     SLACK = "slack"  # the next prefix of the order would exceed the step budget
+    EFFICIENCY = "efficiency"  # it fits the budget, but the step yields more per second without it
     CAP = "cap"  # the policy's fixed width is reached
     BATCH_SIZE = "batch_size"  # max_batch_size sequences are in the step
     KV_PRESSURE = "kv_pressure"  # no unreserved block to write its next token to

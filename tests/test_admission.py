@@ -122,11 +122,11 @@ def test_every_leaf_is_in_the_plan_or_refused_once(batch, spec, extras_allowed):
 
 
 @settings(deadline=None, max_examples=200)
-@given(batch=batches(), tiles=st.booleans())
-def test_taper_fits_its_budget_with_the_largest_prefix(batch, tiles):
-    """Rule 2, and that no larger prefix of the order would have fitted."""
+@given(batch=batches(), tiles=st.booleans(), spec=st.sampled_from(["taper", "taper:widest"]))
+def test_taper_fits_its_budget_with_the_best_prefix(batch, tiles, spec):
+    """Rule 2, and that no other prefix of the order would have been better."""
     predictor = staircase_predictor() if tiles else PREDICTOR
-    decision = admit("taper", batch, predictor)
+    decision = admit(spec, batch, predictor)
     baseline_ms = decision.baseline_ms
     if batch.savable.any():
         slack = batch.slack_ms[batch.savable].min()
@@ -135,22 +135,40 @@ def test_taper_fits_its_budget_with_the_largest_prefix(batch, tiles):
         assert decision.budget_ms == pytest.approx(budget)
     if len(decision.extras):
         assert decision.step_ms <= decision.budget_ms
-    everything = admit("taper", replace(batch, savable=np.zeros(batch.num_requests, bool)))
-    order = everything.extras
-    assert decision.extras.tolist() == order[: len(decision.extras)].tolist()
-    for k in range(len(decision.extras) + 1, len(order) + 1):
-        rows = np.concatenate([decision.baseline, order[:k]])
-        context = int(batch.context_tokens[rows].sum())
-        assert predictor.predict_step_ms(len(rows), context, batch.prefill) > decision.budget_ms
+    order = [*decision.extras, *_left_out_by_time(decision)]
+    best = _worth(spec, len(decision.baseline) + len(decision.extras), decision.step_ms)
+    for k in range(len(order) + 1):
+        rows = np.concatenate([decision.baseline, order[:k]]).astype(np.int64)
+        read = [batch.context_tokens[rows[: batch.num_requests]].sum()]
+        read.append(batch.extra_context_tokens[rows[batch.num_requests :]].sum())
+        step_ms = predictor.predict_step_ms(len(rows), int(sum(read)), batch.prefill)
+        if k == 0 or step_ms <= decision.budget_ms:
+            assert _worth(spec, len(rows), step_ms) <= best * (1 + 1e-9)
+
+
+def _worth(spec: str, width: int, step_ms: float) -> float:
+    return width if spec == "taper:widest" else width / step_ms
+
+
+def _left_out_by_time(decision: AdmissionDecision) -> list[int]:
+    """In order: those that fit the budget, then those beyond it."""
+    left_out = {reason: rows for rows, reason in decision.refused}
+    reasons = (RefusalReason.EFFICIENCY, RefusalReason.SLACK)
+    return [row for reason in reasons for row in left_out.get(reason, np.zeros(0, int)).tolist()]
 
 
 @settings(deadline=None, max_examples=200)
-@given(batch=batches(), more=st.floats(0, 100), tiles=st.booleans())
-def test_more_slack_never_admits_fewer(batch, more, tiles):
+@given(
+    batch=batches(),
+    more=st.floats(0, 100),
+    tiles=st.booleans(),
+    spec=st.sampled_from(["taper", "taper:widest"]),
+)
+def test_more_slack_never_admits_fewer(batch, more, tiles, spec):
     """Rule 9, on a staircase too."""
     predictor = staircase_predictor() if tiles else PREDICTOR
     richer = replace(batch, slack_ms=batch.slack_ms + more)
-    less, plenty = admit("taper", batch, predictor), admit("taper", richer, predictor)
+    less, plenty = admit(spec, batch, predictor), admit(spec, richer, predictor)
     assert len(less.extras) <= len(plenty.extras)
     assert less.extras.tolist() == plenty.extras[: len(less.extras)].tolist()
 
@@ -173,12 +191,14 @@ def test_prefix_evaluation_passes_a_tile_where_first_fit_stalls():
     assert 1 + len(decision.extras) == 16
 
 
-def test_efficiency_takes_the_prefix_with_the_most_tokens_per_second():
+def test_slack_is_not_spent_on_a_tile_that_yields_less():
     """Up to 16 sequences the tile costs 9 ms, beyond it 30: both fit, 16 is the better rate."""
     predictor = staircase_predictor()
     batch = make_batch([32], slack_ms=40.0, tpot_slo_ms=np.array([50.0]))
-    assert 1 + len(admit("taper", batch, predictor).extras) == 32
-    assert 1 + len(admit("taper:efficiency", batch, predictor).extras) == 16
+    assert 1 + len(admit("taper:widest", batch, predictor).extras) == 32
+    decision = admit("taper", batch, predictor)
+    assert 1 + len(decision.extras) == 16
+    assert [(len(rows), why) for rows, why in decision.refused] == [(16, RefusalReason.EFFICIENCY)]
 
 
 def test_deferred_branches_do_not_shrink_the_budget():
