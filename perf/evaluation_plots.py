@@ -16,7 +16,7 @@ from perf.evaluation_summary import (
     Outcomes,
     Task,
     cells_of,
-    paired,
+    over_rival,
     policies_of,
     statics_of,
 )
@@ -82,9 +82,8 @@ def plot_ratios(outcomes: Outcomes, path: Path) -> None:
             points = [
                 (place + offset, r.value, r.error or 0.0)
                 for place, cell in enumerate(cells)
-                if (r := paired(outcomes.get(Task(cell, "shipped", REFERENCE)),
-                                outcomes.get(Task(cell, "shipped", rival)), figure_name))
-            ]  # fmt: skip
+                if (r := over_rival(outcomes, cell, rival, figure_name))
+            ]
             if points:
                 places, values, errors = zip(*points, strict=True)
                 axis.errorbar(places, values, errors, fmt="o", markersize=4, capsize=2,

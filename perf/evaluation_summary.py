@@ -106,6 +106,12 @@ def paired(one: Outcome | None, other: Outcome | None, figure: str) -> Ratio | N
 Outcomes = Mapping[Task, Outcome]
 
 
+def over_rival(outcomes: Outcomes, cell: str, rival: str, figure: str) -> Ratio | None:
+    """TAPER over a policy in a cell, under shipped levers."""
+    reference = outcomes.get(Task(cell, "shipped", REFERENCE))
+    return paired(reference, outcomes.get(Task(cell, "shipped", rival)), figure)
+
+
 def best_static(outcomes: Outcomes, cell: str) -> str | None:
     """The static policy of highest capacity under shipped levers: re-tuned for the cell."""
     rates = {

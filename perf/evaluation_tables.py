@@ -20,6 +20,7 @@ from perf.evaluation_summary import (
     cells_of,
     free_extras_rate,
     geometric_mean,
+    over_rival,
     paired,
     policies_of,
     statics_of,
@@ -159,7 +160,7 @@ def _aims(outcomes: Outcomes, bounds: dict[str, Bounds]) -> TextTable:
     rows, ratios, shares = [], [], []
     for cell in cells_of(outcomes):
         best = best_static(outcomes, cell)
-        found = _shipped_ratio(outcomes, cell, best, "capacity") if best else None
+        found = over_rival(outcomes, cell, best, "capacity") if best else None
         rate = outcomes[Task(cell, "shipped", REFERENCE)].capacity.rate if found else None
         if best is None or found is None or rate is None:
             continue
@@ -183,7 +184,7 @@ def _score(outcomes: Outcomes) -> TextTable:
     rows = []
     for figure, name in _FIGURES.items():
         for rival in statics_of(outcomes):
-            ratios = {cell: _shipped_ratio(outcomes, cell, rival, figure)
+            ratios = {cell: over_rival(outcomes, cell, rival, figure)
                       for cell in cells_of(outcomes)}  # fmt: skip
             known = {cell: r for cell, r in ratios.items() if r is not None}
             if not known:
@@ -352,14 +353,6 @@ def _shipped(
 ) -> Iterator[tuple[str, list[Outcome | None]]]:
     for cell in cells_of(outcomes):
         yield cell, [outcomes.get(Task(cell, "shipped", policy)) for policy in policies]
-
-
-def _shipped_ratio(outcomes: Outcomes, cell: str, rival: str, figure: str) -> Ratio | None:
-    return paired(
-        outcomes.get(Task(cell, "shipped", REFERENCE)),
-        outcomes.get(Task(cell, "shipped", rival)),
-        figure,
-    )
 
 
 def _value(outcome: Outcome | None, figure: str, form: str) -> str:
