@@ -30,12 +30,16 @@ _NOISE = Disturbance(noise=0.02)
 # differ from it in what their name says.
 LEVERS: dict[str, dict[str, Any]] = {
     "shipped": {},
-    "bare": {"late_requests": "fcfs", "request_admission": "slots"},
+    "bare": {
+        "late_requests": "fcfs",
+        "request_admission": "slots",
+        "kv_reserve_fraction": 1.0,
+    },
     "slack-chunks": {"prefill_chunking": "slack"},
     "fcfs": {"late_requests": "fcfs"},
     "slots": {"request_admission": "slots"},
     "patient": {"request_admission": "patient"},
-    "reserve-0.6": {"kv_reserve_fraction": 0.6},
+    "reserve-all": {"kv_reserve_fraction": 1.0},
 }
 
 

@@ -233,7 +233,8 @@ def _regime_p(outcomes: Outcomes) -> TextTable:
               "(ii) shipped system over bare baseline"]  # fmt: skip
     return TextTable(
         "Regime P", header, rows,
-        "Bare: first come first served, and requests start as long as slots and memory last.",
+        "Bare: first come first served, whole footprints reserved, and requests start as long as "
+        "slots and memory last.",
     )  # fmt: skip
 
 

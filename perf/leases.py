@@ -43,6 +43,7 @@ NEAR_CAPACITY = {  # requests/s that per-step TAPER just holds; prefill is compu
 }  # fmt: skip
 DEFAULT_LEASE = int(TrtllmEngineConfig.model_fields["lease_tokens"].default)
 PER_STEP = "per step"
+_LEVERS = "reserve-all"  # as `triton_repo/taper/config.trtllm.yaml` has it
 _TOKENS_BESIDE_PREFILL = 2048
 _TABLE_WIDTH = 130
 
@@ -70,7 +71,7 @@ class Run:
 
 def measure(run: Run, warmup_s: float, duration_s: float) -> dict[str, Any]:
     """Simulates one run; figures of `run_cell`, and the losses of leases."""
-    study = study_of(CELLS[run.cell], run.policy, "shipped", warmup_s, duration_s)
+    study = study_of(CELLS[run.cell], run.policy, _LEVERS, warmup_s, duration_s)
     deployment = replace(study.deployment, leases=_leases(run, study.deployment))
     study = replace(study, deployment=deployment)
     cell = Cell(run.policy, run.request_rate, run.seed)

@@ -200,7 +200,9 @@ class SchedulerConfig(_Model):
         probe_interval_steps: Every so many steps with extras, one runs the baseline alone; None
             for never. None on leases, which extras would lose for it.
         kv_reserve_fraction: Share of a request's worst-case serial footprint that is reserved when
-            it starts. Below 1, the newest request can be preempted.
+            it starts. Below 1, one that outgrows it is lent what others have reserved and not taken
+            yet; when no block is free the newest request is preempted, and comes back with all of
+            its footprint reserved.
         max_step_records: Length of the ring of step records.
     """
 
@@ -215,7 +217,7 @@ class SchedulerConfig(_Model):
     kappa: Annotated[float, Field(ge=1)] = 1.0
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.1
     probe_interval_steps: _PositiveInt | None = 100
-    kv_reserve_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    kv_reserve_fraction: Annotated[float, Field(gt=0, le=1)] = 0.6
     max_step_records: _PositiveInt = 8192
 
     @model_validator(mode="after")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 import numpy as np
 
@@ -258,27 +257,42 @@ class StepPlanner:
     ) -> None:
         """Takes blocks for a protected branch, whatever must go for it.
 
-        In this order: the request's own extras, the extras of others (newest first), the newest
-        request as a whole, which may be this one.
+        In this order: the request's own extras; once these are gone it may borrow, and then goes
+        what keeps blocks from being free: the extras of others (newest first), the newest request
+        as a whole, which may be this one.
         """
-        num_held = self._engine.num_blocks_held
-        others = (other for other in reversed(range(len(running))) if other != index)
-        for owner_index in chain([index], others):
-            owner = running[owner_index]
-            drops = owner.drop_extras(self._sequences)
-            while not budget.fits(index, num_blocks):
-                before = num_held(owner.family)
-                if next(drops, None) is None:
-                    break
-                budget.take(owner_index, num_held(owner.family) - before)
-                self._num_preempted += 1
-        while index < len(running) and not budget.fits(index, num_blocks):
+        self._drop_extras(
+            running, index, budget, until=lambda: budget.fits_baseline(index, num_blocks)
+        )
+        for other in reversed(range(len(running))):
+            if other != index:
+                self._drop_extras(
+                    running, other, budget, until=lambda: num_blocks <= budget.num_free_blocks
+                )
+        while index < len(running) and num_blocks > budget.num_free_blocks:
             newest = running.pop()
             budget.close(len(running))
             self._suspend(newest)
             self._num_preempted += 1
         if index < len(running):
             budget.take(index, num_blocks)
+
+    def _drop_extras(
+        self,
+        running: Sequence[LiveRequest],
+        index: int,
+        budget: KvBudget,
+        until: Callable[[], bool],
+    ) -> None:
+        """Drops extras of a request, one subtree at a time, until it is enough or all are gone."""
+        request = running[index]
+        drops = request.drop_extras(self._sequences)
+        while not until():
+            before = self._engine.num_blocks_held(request.family)
+            if next(drops, None) is None:
+                return
+            budget.take(index, self._engine.num_blocks_held(request.family) - before)
+            self._num_preempted += 1
 
     def _blocks_to_protect(self, sequence: LiveSequence, num_tokens: int) -> int:
         """What it has yet to take; a place on a lease engine has its blocks."""

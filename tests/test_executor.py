@@ -181,6 +181,37 @@ def test_outputs_equal_independent_generation_under_every_schedule(
 
 @property_test
 @given(
+    lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), min_size=2, max_size=8),
+    spare=st.integers(0, 60),
+    fraction=st.sampled_from([0.8, 0.5, 0.2]),
+)
+def test_who_outgrows_the_reservation_is_lent_blocks_as_long_as_any_is_free(
+    lengths, spare, fraction
+):
+    """A reserved block that nobody holds is no reason to suspend anyone."""
+    batch = [plain(f"r{i}", tokens, prompt) for i, (prompt, tokens) in enumerate(lengths)]
+    footprint = max(serial_footprint_blocks(len(r.input_ids), r.program, 4) for r in batch)
+    engine, collector, slots = ToyEngine(num_kv_blocks=footprint + spare), Collector(), 4
+    executor = make_executor(
+        engine,
+        max_num_requests=slots,
+        max_prefill_tokens=3,
+        prefill_chunking="full",
+        kv_reserve_fraction=fraction,
+    )
+    for request in batch:
+        executor.submit(request, collector)
+    while executor.num_open_requests:
+        num_free = engine.num_free_blocks
+        record = executor.run_once()
+        # A chunk of three tokens, as one token, needs one block at most.
+        assert record is None or not record.num_preempted or num_free < slots
+    for request in batch:
+        assert collector.tokens(request.request_id) == alone(request)
+
+
+@property_test
+@given(
     drawn=st.lists(requests(), min_size=2, max_size=5),
     policy=st.sampled_from(SPECS),
     spare=st.integers(0, 20),
