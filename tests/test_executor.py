@@ -171,7 +171,10 @@ def test_outputs_equal_independent_generation_under_every_schedule(
         kv_reserve_fraction=fraction,
         probe_interval_steps=probe,
     )
+    suspend, suspended = executor._planner._suspend, []
+    executor._planner._suspend = lambda request: (suspended.append(request), suspend(request))
     collector = run_all(executor, engine, batch)
+    assert fraction < 1 or not suspended, "with whole footprints reserved nobody need go"
     for request in batch:
         assert collector.last(request.request_id).finish_reason == "completed"
         assert collector.tokens(request.request_id) == alone(request)
