@@ -211,7 +211,8 @@ def make_engine(
 
 
 def make_executor(engine: WatchedEngine, policy: str = "taper", **scheduler: Any) -> TaperExecutor:
-    options = {"max_batch_size": 64, "prefill_chunking": "slack", **scheduler}
+    shipped = {"kv_reserve_fraction": 1.0}  # `triton_repo/taper/config.trtllm.yaml`
+    options = {"max_batch_size": 64, "prefill_chunking": "slack", **shipped, **scheduler}
     config = SchedulerConfig(policy=policy, **options)
     return TaperExecutor(engine, toy_profile(), config, RequestLimits(), SLO)
 
