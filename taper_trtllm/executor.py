@@ -284,13 +284,13 @@ class TaperExecutor:
 
     def _note_first_scheduled(self, plan: StepPlan, now_s: float) -> None:
         """A request that has a slot may still wait for prefill tokens."""
-        requests = [r for r in self._running if r.first_scheduled_s is None]
+        requests = [r for r in self._running if r.account.first_scheduled_s is None]
         if not requests:
             return
         scheduled = {*plan.decode, *(chunk.sequence_id for chunk in plan.prefill)}
         for request in requests:
             if any(s.sequence_id in scheduled for s in request.sequences()):
-                request.first_scheduled_s = now_s
+                request.account.first_scheduled_s = now_s
 
     def _plan(self, now_s: float) -> PlannedStep:
         while True:
@@ -639,48 +639,3 @@ def _progress(
         width=sum(not output.event for output in outputs),
         batch_width=len(result.tokens),
     )
-
-
-class ExecutorThread:
-    """Drives an executor until it is stopped.
-
-    Args:
-        executor: Driven from now on by this thread alone.
-        after_turn: Called on the thread after every `run_once`, and once more at the end.
-    """
-
-    _IDLE_WAIT_S = 0.05
-
-    def __init__(
-        self,
-        executor: TaperExecutor,
-        after_turn: Callable[[StepRecord | None], None] = lambda record: None,
-    ) -> None:
-        self._executor = executor
-        self._after_turn = after_turn
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="taper-executor", daemon=True)
-
-    def start(self) -> None:
-        """Begins to drive."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Stops driving and shuts the executor down; open requests are answered with an error."""
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        executor = self._executor
-        try:
-            while not self._stop.is_set():
-                record = executor.run_once()
-                self._after_turn(record)
-                if record is None:
-                    executor.wait_for_work(self._IDLE_WAIT_S)
-        except Exception as error:
-            logger.exception("the engine failed")
-            executor.fail_all(f"the engine failed: {error}")
-        executor.fail_all("the server is shutting down")
-        self._after_turn(None)  # the answers first: an engine that is lost may hang here
-        executor.shutdown()

@@ -23,7 +23,8 @@ from types import FrameType
 from taper_trtllm.batch import StepRecord
 from taper_trtllm.config import ConfigError, ServingConfig
 from taper_trtllm.engines.base import EngineCapabilities, WorkerRank
-from taper_trtllm.executor import ExecutorThread, TaperExecutor
+from taper_trtllm.executor import TaperExecutor
+from taper_trtllm.executor_thread import ExecutorThread
 from taper_trtllm.live_request import OutputCallback
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.request import ForkJoinRequest, RequestError

@@ -24,6 +24,7 @@ from taper_trtllm.fork_join import (
 )
 from taper_trtllm.output import BranchOutput, RequestMetrics, RequestOutput
 from taper_trtllm.request import ForkJoinRequest, SamplingParams
+from taper_trtllm.request_account import RequestAccount
 from taper_trtllm.sequence_table import LiveSequence, NewTokens, SequenceTable
 from taper_trtllm.slo import SlackTracker
 from taper_trtllm.written_forks import WrittenForks
@@ -66,6 +67,7 @@ class LiveRequest:
             order. It is stable over steps: whoever protects the first need sees it through.
         stage_width: Width granted in the first step after the last fork or join; 0 before it.
         protected: The sequence that this step protects; set by the planner.
+        account: What it took so far.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class LiveRequest:
         self.num_reserved_blocks = num_reserved_blocks
         self.tracker = tracker
         self.on_output = on_output
-        self.arrival_s = arrival_s
+        self.account = RequestAccount(arrival_s)
         self.state = ForkJoinState(request, written)
         self.ready_rows: IntArray = np.zeros(0, dtype=np.int64)
         self.ready_paths: tuple[str, ...] = ()
@@ -99,18 +101,6 @@ class LiveRequest:
         self._sequences: dict[BranchNode, LiveSequence] = {}
         self._unforked: list[BranchNode] = []  # waiting branches whose children were dropped
         self._events: list[BranchOutput] = []  # what happened since the last tokens
-        # Accounting for RequestMetrics.
-        self.first_scheduled_s: float | None = None
-        self._join_began_s: float | None = None
-        self._join_wait_s = 0.0
-        self._num_forks = 0
-        self._num_reused_tokens = 0
-        self._num_reused_blocks = 0
-        self._num_recomputed_tokens = 0
-        self._num_joined_tokens = 0
-        self._num_deferred = 0
-        self._num_decode_steps = 0
-        self._num_advanced = 0
 
     # --------------------------------------------------------------------------- sequences
 
@@ -175,9 +165,7 @@ class LiveRequest:
         shared = node.num_fork_tokens
         if node.status is BranchStatus.FORKING:
             self._note_fork(node, self.state.fork(node))
-            self._num_forks += 1
-            self._num_reused_tokens += shared * len(node.children)
-            self._num_reused_blocks += shared // sequences.tokens_per_block * len(node.children)
+            self.account.count_fork(len(node.children), shared, sequences.tokens_per_block)
             self.stage_width = 0
         else:
             self._unforked.remove(node)
@@ -279,7 +267,7 @@ class LiveRequest:
         sequence = self._sequences.get(node)
         if sequence is not None:
             computed = sequences.num_computed(sequence)
-            self._num_recomputed_tokens += max(0, computed - sequence.num_shared_tokens)
+            self.account.num_recomputed_tokens += max(0, computed - sequence.num_shared_tokens)
         for below in node.children:
             self._count_lost(sequences, below)
 
@@ -314,9 +302,7 @@ class LiveRequest:
         state = self.state
         num_tokens_before = state.num_output_tokens
         is_serial = taken[0][0].node is state.root  # then there is no other leaf
-        if self._join_began_s is not None:
-            self._join_wait_s += now_s - self._join_began_s
-            self._join_began_s = None
+        self.account.end_join(now_s)
         outputs: list[BranchOutput] = []
         for sequence, token_ids in taken:
             node = sequence.node
@@ -392,9 +378,9 @@ class LiveRequest:
             self._merge(sequences, parent, children, event)
         else:
             self._concat(sequences, parent, children, event)
-        self._num_joined_tokens += len(event.suffix_ids)
+        self.account.num_joined_tokens += len(event.suffix_ids)
         if node is self.state.root:
-            self._join_began_s = now_s
+            self.account.begin_join(now_s)
 
     def _concat(
         self,
@@ -425,7 +411,7 @@ class LiveRequest:
         rest = [token for child in event.merged[len(kept) :] for token in child.tokens]
         sequences.merge(parent, kept, (*rest, *event.suffix_ids))
 
-    # ------------------------------------------------------------------------- accounting
+    # ---------------------------------------------------------------------------- standing
 
     @property
     def num_context_tokens(self) -> int:
@@ -444,42 +430,13 @@ class LiveRequest:
 
     def count_decode_step(self, num_ready: int, num_advanced: int) -> None:
         """One step in which the request was in decode."""
-        self._num_decode_steps += 1
-        self._num_advanced += num_advanced
-        self._num_deferred += num_ready - num_advanced
+        self.account.count_decode_step(num_ready, num_advanced)
         if num_ready > 1 and self.stage_width == 0:
             self.stage_width = num_advanced
 
     def metrics(self, epoch_s: float) -> RequestMetrics:
         """The final accounting; `epoch_s` turns the monotonic clock into wall-clock time."""
-        tracker, written, join_mode = self.tracker, self._written, self.request.join_mode
-        met = self.state.is_finished and tracker.is_met(self.state.root.num_critical)
-
-        def wall_ns(time_s: float | None) -> int | None:
-            return None if time_s is None else int((epoch_s + time_s) * 1e9)
-
-        return RequestMetrics(
-            num_prompt_tokens=len(self.request.input_ids),
-            num_output_tokens=self.state.num_output_tokens,
-            arrival_time_ns=int((epoch_s + self.arrival_s) * 1e9),
-            first_scheduled_time_ns=wall_ns(self.first_scheduled_s),
-            first_token_time_ns=wall_ns(tracker.first_token_s),
-            last_token_time_ns=wall_ns(tracker.last_token_s),
-            ttft_ms=tracker.ttft_ms,
-            tpot_ms=tracker.tpot_ms,
-            serial_tpot_ms=tracker.serial_tpot_ms,
-            join_wait_ms=self._join_wait_s * 1e3,
-            num_forks=self._num_forks,
-            num_reused_tokens=self._num_reused_tokens,
-            num_reused_blocks=self._num_reused_blocks,
-            num_recomputed_tokens=self._num_recomputed_tokens,
-            num_joined_tokens=self._num_joined_tokens,
-            num_deferred_branch_steps=self._num_deferred,
-            mean_width=self._num_advanced / max(1, self._num_decode_steps),
-            join_mode=join_mode,
-            join_is_as_trained=None if written is None else written.is_trained_with(join_mode),
-            slo_met=met,
-        )
+        return self.account.metrics(self.request, self.state, self.tracker, self._written, epoch_s)
 
 
 def _stopping_at_tags(sampling: SamplingParams, written: WrittenForks | None) -> SamplingParams:

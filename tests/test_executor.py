@@ -16,7 +16,8 @@ from toy_engine import ToyEngine, next_token, toy_profile
 from taper_trtllm.admission import POLICIES
 from taper_trtllm.batch import RefusalReason
 from taper_trtllm.config import ConfigError, SchedulerConfig, ServingConfig
-from taper_trtllm.executor import ExecutorThread, TaperExecutor
+from taper_trtllm.executor import TaperExecutor
+from taper_trtllm.executor_thread import ExecutorThread
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.output import RequestOutput
 from taper_trtllm.profile import ProfileError

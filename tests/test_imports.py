@@ -72,6 +72,7 @@ FLOORS = [  # imports run downward only
         "engines.triton_attention",
         "admission",
         "live_request",
+        "request_account",
         "prefill_gate",
         "metrics",
         "request_gate",
@@ -80,6 +81,7 @@ FLOORS = [  # imports run downward only
     {"lease_terms", "start_gate", "tensors", "waiting_queue"},
     {"planner"},
     {"executor"},
+    {"executor_thread"},
     {"executor_process"},
     {"response_stream"},
 ]

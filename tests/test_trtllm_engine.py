@@ -57,7 +57,8 @@ from taper_trtllm.engines.simulated import SimulatedConfig, StepTimes
 from taper_trtllm.engines.torch_engine import TorchEngine
 from taper_trtllm.engines.trtllm import Place, TrtllmEngine
 from taper_trtllm.engines.trtllm_session import News, PlaceRequest, TrtllmSession
-from taper_trtllm.executor import ExecutorThread, TaperExecutor
+from taper_trtllm.executor import TaperExecutor
+from taper_trtllm.executor_thread import ExecutorThread
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.live_request import LiveRequest
 from taper_trtllm.output import RequestOutput
