@@ -457,11 +457,12 @@ class TaperExecutor:
         """Tells each request in decode how many of its ready leaves really advanced."""
         if result.decoded == planned.plan.decode:
             for request, num_ready, num_admitted in planned.ready:
-                request.count_decode_step(num_ready, num_admitted)
+                request.count_decode_step(num_ready, num_admitted, planned.is_probe)
             return
         advanced = Counter(self._sequences[i].family for i in result.decoded)
         for request, num_ready, _ in planned.ready:
-            request.count_decode_step(num_ready, min(num_ready, advanced[request.family]))
+            num_advanced = min(num_ready, advanced[request.family])
+            request.count_decode_step(num_ready, num_advanced, planned.is_probe)
 
     def _learn(self, planned: PlannedStep, result: StepResult, step_ms: float) -> None:
         """What the iterations say about step times: the engine's account, or the plan's."""

@@ -51,7 +51,7 @@ class PrefillNeed:
 
 
 class LiveRequest:
-    """One started request.
+    """One request from its intake on, queued, started or suspended.
 
     Args:
         max_width: Leaves that may be started at a time (`AdmissionPolicy.max_width`).
@@ -67,6 +67,7 @@ class LiveRequest:
             order. It is stable over steps: whoever protects the first need sees it through.
         stage_width: Width granted in the first step after the last fork or join; 0 before it.
         protected: The sequence that this step protects; set by the planner.
+        num_protected_tokens: Tokens of its prefill that it has blocks for, if that is a prefill.
         account: What it took so far.
     """
 
@@ -93,6 +94,7 @@ class LiveRequest:
         self.prefill_needs: tuple[PrefillNeed, ...] = ()
         self.stage_width = 0
         self.protected: LiveSequence | None = None
+        self.num_protected_tokens = 0
         self._max_width = max_width
         self._written = written
         self._sampling = _stopping_at_tags(request.sampling, written)
@@ -103,11 +105,6 @@ class LiveRequest:
         self._events: list[BranchOutput] = []  # what happened since the last tokens
 
     # --------------------------------------------------------------------------- sequences
-
-    @property
-    def is_running(self) -> bool:
-        """It has sequences on the engine; False while it is queued or suspended."""
-        return bool(self._sequences)
 
     @property
     def has_started_decoding(self) -> bool:
@@ -428,10 +425,10 @@ class LiveRequest:
         num_steps = num_serial - (num_serial - num_tokens) // most_abreast
         return self.tracker.is_savable(now_s, step_ms / 1e3, num_tokens, num_steps, num_serial)
 
-    def count_decode_step(self, num_ready: int, num_advanced: int) -> None:
-        """One step in which the request was in decode."""
+    def count_decode_step(self, num_ready: int, num_advanced: int, is_probe: bool) -> None:
+        """One step in which the request was in decode; what a probe grants is no grant."""
         self.account.count_decode_step(num_ready, num_advanced)
-        if num_ready > 1 and self.stage_width == 0:
+        if num_ready > 1 and self.stage_width == 0 and not is_probe:
             self.stage_width = num_advanced
 
     def metrics(self, epoch_s: float) -> RequestMetrics:

@@ -223,22 +223,27 @@ class StepPlanner:
         left = ready.columns["num_stage_tokens_left"][ready.baseline]
         num_tokens[ready.indices] = np.minimum(left, self._sequences.lease_tokens)
         blocks[ready.indices] = ready.batch.blocks_needed[ready.baseline]
-        for index, request in enumerate(running):
-            if not request.ready_paths:
-                need = request.prefill_needs[0]
-                request.protected = need.sequence
-                num_tokens[index] = self._num_tokens_to_protect(need)
-                blocks[index] = self._blocks_to_protect(need.sequence, int(num_tokens[index]))
+        budget_left = self._scheduler.max_prefill_tokens
+        not_ready = [index for index, request in enumerate(running) if not request.ready_paths]
+        for index in _prefill_order(running, not_ready):
+            request = running[index]
+            need = request.prefill_needs[0]
+            request.protected = need.sequence
+            request.num_protected_tokens = self._num_tokens_to_protect(need, budget_left)
+            if not self._is_remote(need):
+                budget_left = max(0, budget_left - request.num_protected_tokens)
+            num_tokens[index] = request.num_protected_tokens
+            blocks[index] = self._blocks_to_protect(need.sequence, request.num_protected_tokens)
         if not budget.take_all(blocks):
             self._protect_one_by_one(running, num_tokens.tolist(), budget)
 
-    def _num_tokens_to_protect(self, need: PrefillNeed) -> int:
-        """What a request must have memory for, to get on with its prefill."""
+    def _num_tokens_to_protect(self, need: PrefillNeed, budget_left: int) -> int:
+        """What a request must have memory for, to get on with its prefill in this step."""
         if self._is_lease:
             return need.num_tokens + self._lease_tokens(need)
         if self._is_remote(need):
             return need.num_tokens
-        return min(need.num_tokens, self._scheduler.max_prefill_tokens)
+        return min(need.num_tokens, budget_left)
 
     def _protect_one_by_one(
         self, running: list[LiveRequest], num_tokens: list[int], budget: KvBudget
@@ -320,7 +325,7 @@ class StepPlanner:
         chunks = [_whole(running[index].prefill_needs[0]) for index in remote[:room]]
         load = PrefillLoad()
         gate = self._prefill_gate([running[index] for index in local], ready, now_s)
-        for index in sorted(local, key=lambda index: not running[index].has_started_decoding):
+        for index in _prefill_order(running, local):
             request = running[index]
             for need in request.prefill_needs:
                 before = self._sequences.num_computed(need.sequence)
@@ -334,7 +339,11 @@ class StepPlanner:
                 most = max(0, int(budget_left / weight)) or int(not chunks)  # one, or no progress
                 if most == 0:
                     break
-                is_protected = need.sequence is request.protected  # its blocks are taken
+                is_protected = need.sequence is request.protected and (
+                    request.num_protected_tokens > 0
+                )
+                if is_protected:  # blocks are taken for so many
+                    most = min(most, request.num_protected_tokens)
                 num_tokens = need.num_tokens if self._is_lease else min(need.num_tokens, most)
                 if gate is not None:
                     urgency = _urgency(request, is_protected)
@@ -465,6 +474,11 @@ class StepPlanner:
         if interval is None or self._is_lease:  # every extra would lose its place for it
             return False
         return self._num_steps_with_extras % interval == interval - 1
+
+
+def _prefill_order(running: Sequence[LiveRequest], indices: Sequence[int]) -> list[int]:
+    """Requests that have begun to answer first, then prompts, oldest first."""
+    return sorted(indices, key=lambda index: not running[index].has_started_decoding)
 
 
 def _whole(need: PrefillNeed) -> PrefillChunk:

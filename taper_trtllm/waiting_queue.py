@@ -78,9 +78,11 @@ class WaitingQueue:
         """Who is next; stays in the queue."""
         while self._defers and self._queue and self._is_late(self._queue[0], now_s):
             self._late.append(self._queue.popleft())
-        if self._late and self._num_starts >= _STARTS_PER_LATE - 1:
+        first = next(iter(self), None)
+        is_their_turn = self._late and self._num_starts >= _STARTS_PER_LATE - 1
+        if is_their_turn and first is not None and not first.has_started_decoding:
             return self._late[0]
-        return next(iter(self), None)
+        return first
 
     def start(self, request: LiveRequest, now_s: float) -> None:
         """Takes a request out that begins to run; its first token is learned from.

@@ -188,9 +188,10 @@ def test_outputs_equal_independent_generation_under_every_schedule(
     lengths=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 40)), min_size=2, max_size=8),
     spare=st.integers(0, 60),
     fraction=st.sampled_from([0.8, 0.5, 0.2]),
+    chunk=st.sampled_from([3, 20]),
 )
 def test_who_outgrows_the_reservation_is_lent_blocks_as_long_as_any_is_free(
-    lengths, spare, fraction
+    lengths, spare, fraction, chunk
 ):
     """A reserved block that nobody holds is no reason to suspend anyone."""
     batch = [plain(f"r{i}", tokens, prompt) for i, (prompt, tokens) in enumerate(lengths)]
@@ -199,7 +200,7 @@ def test_who_outgrows_the_reservation_is_lent_blocks_as_long_as_any_is_free(
     executor = make_executor(
         engine,
         max_num_requests=slots,
-        max_prefill_tokens=3,
+        max_prefill_tokens=chunk,
         prefill_chunking="full",
         kv_reserve_fraction=fraction,
     )
@@ -208,8 +209,8 @@ def test_who_outgrows_the_reservation_is_lent_blocks_as_long_as_any_is_free(
     while executor.num_open_requests:
         num_free = engine.num_free_blocks
         record = executor.run_once()
-        # A chunk of three tokens, as one token, needs one block at most.
-        assert record is None or not record.num_preempted or num_free < slots
+        # Together they write one token each or a part of the chunk: that many blocks at most.
+        assert record is None or not record.num_preempted or num_free < slots + chunk // 4
     for request in batch:
         assert collector.tokens(request.request_id) == alone(request)
 
@@ -429,6 +430,19 @@ def test_irp_off_never_runs_two_branches_and_eager_runs_all():
         run_to_end(executor, engine)
         widths[policy] = max(r.num_admitted for r in executor.records)
     assert widths == {"irp-off": 1, "fixed-cap:3": 3, "irp-eager": 6}
+
+
+@pytest.mark.parametrize("interval", range(2, 14))
+def test_a_probe_at_a_fork_freezes_no_width(interval):
+    """Without replanning, the width is what the first step that admits extras grants."""
+    executor = make_executor(ToyEngine(), "taper:no-replan", probe_interval_steps=interval)
+    for name in ("before", "after"):
+        executor.submit(fan_out(name, 4), Collector())
+        widths = []
+        while executor.num_open_requests:
+            if record := executor.run_once():
+                widths.append(record.num_admitted)
+        assert max(widths) == 4
 
 
 def test_taper_admits_fewer_branches_when_the_slack_is_gone():

@@ -235,6 +235,19 @@ def test_a_late_request_starts_in_the_end_however_many_can_still_be_in_time():
     assert started is late
 
 
+def test_a_suspended_request_comes_back_before_any_late_one():
+    queue = WaitingQueue("defer")
+    late, suspended = live("late", 0.0, ttft_ms=100), live("suspended", 0.0, ttft_ms=1e6)
+    queue.append(late)
+    for i in range(15):
+        queue.append(live(f"in time {i}", 1.0, ttft_ms=100))
+        queue.start(queue.peek(1.0), 1.0)
+    assert queue.peek(1.0) is late  # it is their turn
+    suspended.tracker.record_tokens(0.5, 1, serial=True)
+    queue.put_back(suspended)
+    assert queue.peek(1.0) is suspended
+
+
 def test_nobody_is_late_on_arrival():
     queue = WaitingQueue("defer")
     slow = live("slow", 0.0, ttft_ms=1e6)
