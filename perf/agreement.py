@@ -26,10 +26,9 @@ from rich.table import Table
 from perf.offered_load import Offer
 from perf.program import critical_tokens
 from perf.regime import Regime
-from perf.simulation import Deployment, simulate
+from perf.simulation import Deployment, counterpart, simulate
 from perf.workload import DEFAULT_TRACE, build_workload
 from taper_trtllm.config import ServingConfig, parse_config
-from taper_trtllm.engines.simulated import Disturbance, SimulatedConfig
 from taper_trtllm.profile import LatencyProfile, load_profile
 
 _CALIBRATING_POLICY = "irp-off"
@@ -58,6 +57,7 @@ class LiveSweep:
         regime: That it ran under.
         base: Configuration below it.
         profile: Of the engine.
+        dataset_path: Trace that was replayed.
         seed: Of the first repetition.
         cells: Its results.
     """
@@ -65,18 +65,27 @@ class LiveSweep:
     regime: Regime
     base: ServingConfig
     profile: LatencyProfile
+    dataset_path: Path
     seed: int
     cells: tuple[dict[str, Any], ...]
 
 
-def read_sweep(directory: Path) -> LiveSweep:
-    """Reads what ``python -m perf.sweep`` wrote."""
+def read_sweep(directory: Path, dataset_path: Path) -> LiveSweep:
+    """Reads what ``python -m perf.sweep`` wrote.
+
+    Raises:
+        ValueError: The sweep replayed another trace.
+    """
     record = json.loads((directory / "regime.json").read_text())
+    dataset = record["settings"]["dataset"]
+    if dataset != dataset_path.name:
+        raise ValueError(f"it replayed {dataset}, which --dataset-path must name")
     cells = sorted((directory / "cells").glob("*.json"))
     return LiveSweep(
         regime=Regime(**record["regime"]),
         base=parse_config(record["settings"]["config"]),
         profile=load_profile(directory / "profile.json"),
+        dataset_path=dataset_path,
         seed=record["settings"]["seed"],
         cells=tuple(json.loads(path.read_text()) for path in cells),
     )
@@ -88,21 +97,16 @@ def simulate_cell(
     """Runs one cell of a sweep in virtual time."""
     rate = cell["load"] * sweep.regime.reference_rate
     config = sweep.regime.serving_config(sweep.base, cell["policy"], profile_path)
+    seed = sweep.seed + cell["repetition"]
     workload = build_workload(
         sweep.regime.workload_config(
-            sweep.base, DEFAULT_TRACE, rate, cell["num_prompts"], sweep.seed + cell["repetition"]
+            sweep.base, sweep.dataset_path, rate, cell["num_prompts"], seed
         )
     )
-    engine = SimulatedConfig(
-        num_kv_blocks=config.engine.num_kv_blocks,
-        tokens_per_block=config.engine.tokens_per_block,
-        max_batch_size=config.engine.max_batch_size,
-        max_seq_len=config.engine.max_seq_len,
-        disturbance=Disturbance(host_overhead_ms=host_overhead_ms),
-    )
     deployment = Deployment(
-        sweep.profile, sweep.profile, engine, config.scheduler, config.slo, config.limits
-    )
+        sweep.profile, sweep.profile, counterpart(config.engine, host_overhead_ms),
+        config.scheduler, config.slo, config.limits,
+    )  # fmt: skip
     arrivals = [
         (r.arrival_s, Offer(r.request, r.family, critical_tokens(r.request.program)))
         for r in workload.requests
@@ -142,7 +146,7 @@ def agreement_table(
             spread = measured.std(ddof=1) / measured.mean() if len(measured) > 1 else 0.0
             verdict = "ok" if abs(difference) <= max(_BAR, spread) else "off"
             columns += [
-                f"{measured.mean():.1f} ± {measured.std():.1f} | {predicted:.1f}",
+                f"{measured.mean():.1f} ± {spread * measured.mean():.1f} | {predicted:.1f}",
                 f"{difference:+.1%} {verdict}",
             ]
         table.add_row(key[0], f"{key[1]:g}", *columns)
@@ -162,11 +166,14 @@ def main() -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m perf.agreement", description=__doc__)
     parser.add_argument("directory", type=Path, help="output directory of a live sweep")
+    parser.add_argument(
+        "--dataset-path", type=Path, default=DEFAULT_TRACE, help="trace of the sweep (CSV)"
+    )
     arguments = parser.parse_args()
     try:
-        sweep = read_sweep(arguments.directory)
+        sweep = read_sweep(arguments.directory, arguments.dataset_path)
     except (OSError, ValueError, KeyError) as error:
-        print(f"error: {arguments.directory} is not a finished sweep: {error}", file=sys.stderr)
+        print(f"error: {arguments.directory}: no finished sweep: {error}", file=sys.stderr)
         return 1
     profile_path = arguments.directory / "profile.json"
     console = Console()

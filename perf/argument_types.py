@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 
 def positive(text: str) -> float:
+    """A finite argument above 0."""
+    value = positive_or_inf(text)
+    if value == math.inf:
+        raise argparse.ArgumentTypeError(f"must be finite (got {text})")
+    return value
+
+
+def positive_or_inf(text: str) -> float:
     """An argument above 0."""
     value = float(text)
     if not value > 0:
@@ -30,10 +39,18 @@ def count(text: str) -> int:
 
 
 def at_least_0(text: str) -> float:
-    """An argument of at least 0."""
+    """A finite argument of at least 0."""
     value = float(text)
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"must be at least 0 (got {text})")
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and finite (got {text})")
+    return value
+
+
+def positive_share(text: str) -> float:
+    """An argument in (0, 1]."""
+    value = share(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError(f"must be above 0 (got {text})")
     return value
 
 

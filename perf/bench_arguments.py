@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from perf.argument_types import at_least_0, count, positive, positive_int, share
+from perf.argument_types import at_least_0, count, positive, positive_int, positive_or_inf, share
 from perf.grpc_client import ClientConfig
 from perf.metrics import SloScore
 from perf.result import METRIC_NAMES
@@ -59,8 +59,9 @@ def _add_workload(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--num-prompts", type=positive_int, default=1000, help="%(default)s")
     group.add_argument(
-        "--request-rate", type=positive, default=float("inf"), help="requests/s (all at once)"
-    )
+        "--request-rate", type=positive_or_inf, default=float("inf"),
+        help="requests/s (all at once)",
+    )  # fmt: skip
     group.add_argument(
         "--burstiness", type=positive, default=1.0, help="gamma shape of gaps; 1 is Poisson"
     )

@@ -2,7 +2,7 @@
 
 Attainment falls with the rate, but a few seeds make it wiggle, and bisection then ends anywhere.
 So it is measured on a grid of rates around the capacity, made antitonic by least squares, and read
-where it crosses the target. The spread is that over resampled seeds; two policies are compared on
+where it crosses the target. Its error is that over resampled seeds; two policies are compared on
 the same resampled seeds.
 """
 
@@ -80,14 +80,19 @@ class Capacity:
 
     Attributes:
         rate: In requests per second; None if the target was not crossed at any rate tried.
-        std: Standard deviation over resampled seeds.
         resampled: [B] capacity on each resampling; the same seeds in the same place for every
             policy.
+        num_seeds: n.
     """
 
     rate: float | None
-    std: float | None
     resampled: FloatArray
+    num_seeds: int
+
+    @property
+    def std(self) -> float | None:
+        """Standard error of the rate; None on a single seed."""
+        return None if self.rate is None else _standard_error(self.resampled, self.num_seeds)
 
 
 def capacity(attainment: Mapping[int, Sequence[float]], num_seeds: int, target: float) -> Capacity:
@@ -100,7 +105,7 @@ def capacity(attainment: Mapping[int, Sequence[float]], num_seeds: int, target: 
         target: Share of requests that have to meet their objective.
     """
     steps = sorted(step for step, values in attainment.items() if len(values) >= num_seeds)
-    nothing = Capacity(None, None, np.empty(0))
+    nothing = Capacity(None, np.empty(0), num_seeds)
     if len(steps) < 2:
         return nothing
     rates = np.array([grid_rate(step) for step in steps])
@@ -110,11 +115,19 @@ def capacity(attainment: Mapping[int, Sequence[float]], num_seeds: int, target: 
         return nothing
     draws = np.random.default_rng(0).integers(num_seeds, size=(_NUM_RESAMPLES, num_seeds))
     resampled = crossing(rates, antitonic_fit(table[:, draws].mean(axis=-1).T), target)
-    return Capacity(float(crossing(rates, fit, target)), float(resampled.std()), resampled)
+    return Capacity(float(crossing(rates, fit, target)), resampled, num_seeds)
 
 
-def ratio(one: Capacity, other: Capacity) -> tuple[float, float] | None:
-    """How many times the capacity of another, and the paired standard deviation of that."""
+def ratio(one: Capacity, other: Capacity) -> tuple[float, float | None] | None:
+    """How many times the capacity of another, and the paired standard error of that."""
     if one.rate is None or other.rate is None or not other.resampled.all():
         return None
-    return one.rate / other.rate, float((one.resampled / other.resampled).std())
+    error = _standard_error(one.resampled / other.resampled, one.num_seeds)
+    return one.rate / other.rate, error
+
+
+def _standard_error(resampled: FloatArray, num_seeds: int) -> float | None:
+    """Resampling n seeds falls short by sqrt((n - 1) / n); one seed says nothing."""
+    if num_seeds < 2:
+        return None
+    return float(resampled.std()) * math.sqrt(num_seeds / (num_seeds - 1))

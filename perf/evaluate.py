@@ -18,10 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
-from multiprocessing import get_context
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -51,6 +48,7 @@ from perf.evaluation_summary import Outcome, cells_of, outcome_of, with_costs
 from perf.evaluation_tables import TextTable, all_tables
 from perf.random_cells import cell_named
 from perf.rate_search import FULL, QUICK
+from perf.simulated_cell import worker_pool
 from perf.sweep_cells import check_policies
 from taper_trtllm.config import ConfigError
 
@@ -168,16 +166,6 @@ def scale_of(arguments: argparse.Namespace) -> Scale:
     return Scale(arguments.seeds or 6, FULL, arguments.duration_s or 300.0)
 
 
-@contextmanager
-def _pool(num_processes: int) -> Iterator[ProcessPoolExecutor]:
-    # Spawned, since a progress bar's thread may hold a lock at the moment of a fork.
-    pool = ProcessPoolExecutor(num_processes, get_context("spawn"))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def measure(
     arguments: argparse.Namespace, tasks: Sequence[Task], scale: Scale, console: Console
 ) -> None:
@@ -189,7 +177,7 @@ def measure(
         TextColumn("about"), TimeRemainingColumn(), TextColumn("left; {task.description}"),
         console=console, disable=arguments.no_progress, transient=True,
     )  # fmt: skip
-    with progress, _pool(arguments.processes) as pool:
+    with progress, worker_pool(arguments.processes) as pool:
         runner = TaskRunner(
             pool, arguments.processes, arguments.output_dir, scale, deadline_s, progress
         )

@@ -16,7 +16,7 @@ from typing import Any
 from rich.progress import Progress
 
 from perf.capacity import grid_rate, grid_step
-from perf.evaluation_cells import FREE_EXTRAS, described, study_of
+from perf.evaluation_cells import FREE_EXTRAS, LEVERS, described, study_of
 from perf.random_cells import cell_named
 from perf.rate_search import RateGrid, wanted_seeds
 from perf.result import git_sha, save_json
@@ -161,11 +161,21 @@ def load_all(directory: Path, scale: Scale) -> dict[Task, TaskRuns]:
     measured = {}
     for path in sorted(directory.glob("*/*/*.json")):
         found = json.loads(path.read_text())
-        settings = found["settings"]
-        task = Task(settings["cell"], settings["levers"], settings["scheduler"]["policy"])
-        if settings == _settings(task, scale):
+        task = _task_of(found)
+        if task is not None and found["settings"] == _settings(task, scale):
             measured[task] = _runs_of(task, found)
     return measured
+
+
+def _task_of(found: Mapping[str, Any]) -> Task | None:
+    """Whose file it is; None for one of something else, or of a cell or levers that are gone."""
+    try:
+        settings = found["settings"]
+        task = Task(settings["cell"], settings["levers"], settings["scheduler"]["policy"])
+        cell_named(task.cell)
+    except KeyError:
+        return None
+    return task if task.levers in LEVERS else None
 
 
 def _runs_of(task: Task, found: Mapping[str, Any]) -> TaskRuns:
@@ -195,7 +205,7 @@ def save_task(measured: TaskRuns, directory: Path, scale: Scale) -> None:
 
 
 def _settings(task: Task, scale: Scale) -> dict[str, Any]:
-    """All that a run depends on but its rate and seed, as JSON reads it back."""
+    """What a run depends on but its rate and seed, profiles and code, as JSON reads it back."""
     study = scale.study(task)
     settings = {
         "cell": task.cell,
@@ -213,7 +223,7 @@ def _settings(task: Task, scale: Scale) -> dict[str, Any]:
 
 
 def bound_of(cell: str) -> float:
-    """Fluid upper bound of a named cell, in requests per second; what extras cost is not in it."""
+    """Fluid upper bound of a named cell, requests per second; extras cost time in any case."""
     return _fluid_bound(cell.removesuffix(FREE_EXTRAS))
 
 
@@ -256,8 +266,14 @@ class TaskRunner:
         self.num_runs = 0
 
     def run(self, tasks: Iterable[Task]) -> None:
-        """Measures tasks; those that are complete already cost nothing."""
-        waiting = deque(tasks)
+        """Measures tasks; those that are complete already cost nothing.
+
+        Raises:
+            EvaluationError: A file is of other settings; nothing was run.
+        """
+        waiting = deque(
+            load_task(task, self._directory, self._scale) or TaskRuns(task) for task in tasks
+        )
         self._progress.update(self._bar, total=len(waiting) * self._num_expected)
         while waiting or self._futures:
             while waiting and len(self._futures) < 2 * self._num_processes and self._has_time:
@@ -282,10 +298,9 @@ class TaskRunner:
         left_s = self._deadline_s - time.monotonic()
         return left_s if 0 < left_s < math.inf else None
 
-    def _begin(self, task: Task) -> None:
-        found = load_task(task, self._directory, self._scale)
-        self._active[task] = found or TaskRuns(task)
-        self._go_on(task)
+    def _begin(self, measured: TaskRuns) -> None:
+        self._active[measured.task] = measured
+        self._go_on(measured.task)
 
     def _go_on(self, task: Task) -> None:
         """Submits what a task needs next, or ends it."""

@@ -31,14 +31,12 @@ class Outcome:
         peak: Highest mean token goodput of the rates measured on all seeds, in tokens per second.
         near: Runs of all seeds at the rate next below capacity.
         near_rate: That rate.
-        num_seeds: Seeds of a complete rate.
     """
 
     capacity: Capacity
     peak: Capacity
     near: tuple[Result, ...]
     near_rate: float | None
-    num_seeds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +45,7 @@ class Ratio:
 
     Attributes:
         value: The ratio.
-        error: Its standard error: the deviation over resampled seeds, times sqrt(n / (n - 1)) since
-            resampling n seeds falls short by so much; None on a single seed.
+        error: Its standard error; None on a single seed.
         num_seeds: n.
     """
 
@@ -68,9 +65,10 @@ class Ratio:
 
     @property
     def verdict(self) -> int:
-        """1 above one by more than its error, -1 below, 0 neither."""
-        margin = self.error or 0.0
-        return int(self.value > 1 + margin) - int(self.value < 1 - margin)
+        """1 above one by more than its error, -1 below, 0 neither or unknown."""
+        if self.error is None:
+            return 0
+        return int(self.value > 1 + self.error) - int(self.value < 1 - self.error)
 
 
 def outcome_of(measured: TaskRuns, num_seeds: int, target: float) -> Outcome:
@@ -81,7 +79,7 @@ def outcome_of(measured: TaskRuns, num_seeds: int, target: float) -> Outcome:
     near = tuple(measured.runs[max(below), seed] for seed in range(num_seeds)) if below else ()
     return Outcome(
         found, peak(measured.token_goodput(), num_seeds), near,
-        grid_rate(max(below)) if below else None, num_seeds,
+        grid_rate(max(below)) if below else None,
     )  # fmt: skip
 
 
@@ -89,10 +87,10 @@ def peak(goodput: Mapping[int, Sequence[float]], num_seeds: int) -> Capacity:
     """The highest mean over all seeds among rates, and its spread; see `Capacity`."""
     table = np.array([v[:num_seeds] for v in goodput.values() if len(v) >= num_seeds])
     if not len(table):
-        return Capacity(None, None, np.empty(0))
+        return Capacity(None, np.empty(0), num_seeds)
     draws = np.random.default_rng(0).integers(num_seeds, size=(_NUM_RESAMPLES, num_seeds))
     resampled = table[:, draws].mean(axis=-1).max(axis=0)
-    return Capacity(float(table.mean(axis=1).max()), float(resampled.std()), resampled)
+    return Capacity(float(table.mean(axis=1).max()), resampled, num_seeds)
 
 
 def paired(one: Outcome | None, other: Outcome | None, figure: str) -> Ratio | None:
@@ -100,10 +98,7 @@ def paired(one: Outcome | None, other: Outcome | None, figure: str) -> Ratio | N
     if one is None or other is None:
         return None
     found = ratio(getattr(one, figure), getattr(other, figure))
-    if found is None:
-        return None
-    n = one.num_seeds
-    return Ratio(found[0], found[1] * float(np.sqrt(n / (n - 1))) if n > 1 else None, n)
+    return None if found is None else Ratio(*found, one.capacity.num_seeds)
 
 
 Outcomes = Mapping[Task, Outcome]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from rich.table import Table
 
+from perf.capacity import grid_rate
 from perf.evaluation_cells import LEVERS
 from perf.evaluation_runs import Scale
 from perf.evaluation_summary import (
@@ -342,7 +343,7 @@ def _cells(outcomes: Outcomes, scale: Scale) -> TextTable:
     return TextTable(
         "Cells", ["cell", "deployment and load", "tau (ms), Y (s)", "warm-up + window (s)"], rows,
         f"{scale.num_seeds} seeds; neighbouring rates differ by "
-        f"{10 ** (scale.grid.spacing / 80) - 1:.0%}.",
+        f"{grid_rate(scale.grid.spacing) - 1:.0%}.",
     )  # fmt: skip
 
 

@@ -14,9 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from perf.argument_types import positive_int
 from perf.evaluation_cells import CELLS, study_of
 from perf.plots import colours
 from perf.result import git_sha, save_json
-from perf.simulated_cell import Cell, deployment_of, run_cell
+from perf.simulated_cell import Cell, deployment_of, run_cell, worker_pool
 from perf.simulation import Deployment
 from perf.sweep_cells import check_policies
 from perf.virtual_trtllm import Leases, VirtualTrtllmEngine
@@ -271,7 +270,7 @@ def main(argv: list[str] | None = None) -> int:
                TimeElapsedColumn())  # fmt: skip
     with (
         Progress(*columns, console=console) as progress,
-        ProcessPoolExecutor(arguments.num_processes, get_context("spawn")) as pool,
+        worker_pool(arguments.num_processes) as pool,
     ):
         task = progress.add_task("", total=len(runs))
         futures = {

@@ -22,7 +22,7 @@ from perf.offered_load import Offer
 from perf.program import critical_tokens
 from perf.regime import Regime
 from perf.simulated_result import run_figures
-from perf.simulation import Deployment, SimulatedRequest, WaitingEngine, replay
+from perf.simulation import Deployment, SimulatedRequest, WaitingEngine, counterpart, replay
 from perf.workload import (
     DEFAULT_TRACE,
     Workload,
@@ -32,7 +32,7 @@ from perf.workload import (
 from taper_trtllm.batch import StepRecord
 from taper_trtllm.config import SchedulerConfig, ServingConfig
 from taper_trtllm.engines.base import Engine, EngineCapabilities
-from taper_trtllm.engines.simulated import SimulatedConfig, SimulatedEngine
+from taper_trtllm.engines.simulated import SimulatedEngine
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.profile import LatencyProfile
@@ -109,15 +109,10 @@ class Experiment:
     def deployment(self, policy: str) -> Deployment:
         """The simulated counterpart of the live engine."""
         config = self.regime.serving_config(self.base, policy, Path())
-        engine = SimulatedConfig(
-            num_kv_blocks=config.engine.num_kv_blocks,
-            tokens_per_block=config.engine.tokens_per_block,
-            max_batch_size=config.engine.max_batch_size,
-            max_seq_len=config.engine.max_seq_len,
-        )
         return Deployment(
-            self.profile, self.profile, engine, config.scheduler, config.slo, config.limits
-        )
+            self.profile, self.profile, counterpart(config.engine), config.scheduler, config.slo,
+            config.limits,
+        )  # fmt: skip
 
 
 def simulate_cell(experiment: Experiment, policy: str, load: float, seed: int) -> dict[str, Any]:

@@ -12,11 +12,11 @@ load up.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +116,11 @@ def write_chrome_trace(study: Study, cell: Cell, window: tuple[float, float], pa
     """Runs a cell up to the end of a window of virtual time; returns the steps written."""
     steps: list[dict[str, Any]] = []
 
-    class _Enough(Exception):
-        """The window is over."""
-
     def observe(record: StepRecord) -> None:
-        if record.started_at_s >= window[1]:
-            raise _Enough
         if record.completed_at_s > window[0]:
             steps.append(record_json(record))
 
-    with contextlib.suppress(_Enough):
-        run_cell(study, cell, observe)
+    run_cell(replace(study, warmup_s=0.0, duration_s=window[1], drain_s=0.0), cell, observe)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(chrome_trace(steps)))
     return len(steps)
@@ -208,7 +202,9 @@ def capacity_table(capacities: dict[str, Any], target: float) -> Table:
 
 
 def _plus_minus(value: float | None, std: float | None) -> str:
-    return "not found" if value is None else f"{value:.3g} ± {std:.2g}"
+    if value is None:
+        return "not found"
+    return f"{value:.3g}" + ("" if std is None else f" ± {std:.2g}")
 
 
 def _near_capacity(results: Sequence[Result], found: Search) -> list[Result]:
@@ -265,7 +261,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         TextColumn("{task.description}"), console=console, disable=arguments.no_progress,
         transient=True,
     )  # fmt: skip
-    with progress, worker_pool(study, arguments.processes) as pool:
+    with progress, worker_pool(arguments.processes, study) as pool:
         runner = CellRunner(study, pool, progress)
         if arguments.find_capacity:
             start = grid_step(first_rate)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from perf.argument_types import at_least_0, count, positive, positive_int, share
+from perf.argument_types import at_least_0, count, positive, positive_int, positive_share, share
 from perf.mixes import MIXES, Mix, Range
 from perf.offered_load import LoadConfig
 from perf.simulated_cell import Study
@@ -181,7 +181,7 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
         "until then (%(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--target", type=share, default=0.95, help="attainment at capacity (%(default)s)"
+        "--target", type=positive_share, default=0.95, help="attainment at capacity (%(default)s)"
     )
     group.add_argument(
         "--processes", type=positive_int, default=os.cpu_count() or 1, help="%(default)s"

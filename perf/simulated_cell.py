@@ -145,8 +145,11 @@ class CellRunner:
 
 
 @contextmanager
-def worker_pool(study: Study, num_processes: int) -> Iterator[ProcessPoolExecutor]:
-    """Processes that simulate cells of a study; what is queued is dropped on an exception."""
+def worker_pool(num_processes: int, study: Study | None = None) -> Iterator[ProcessPoolExecutor]:
+    """Processes that simulate cells, of one study if it is given.
+
+    What is queued is dropped on an exception.
+    """
     # Spawned, since a progress bar's thread may hold a lock at the moment of a fork.
     pool = ProcessPoolExecutor(num_processes, get_context("spawn"), _start_worker, (study,))
     try:
@@ -155,13 +158,14 @@ def worker_pool(study: Study, num_processes: int) -> Iterator[ProcessPoolExecuto
         pool.shutdown(cancel_futures=True)
 
 
-_study: Study  # of a worker process
+_study: Study | None  # of a worker process
 
 
-def _start_worker(study: Study) -> None:
+def _start_worker(study: Study | None) -> None:
     global _study
     _study = study
 
 
 def _run_in_worker(cell: Cell) -> Result:
+    assert _study is not None
     return run_cell(_study, cell)

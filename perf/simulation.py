@@ -15,9 +15,9 @@ from typing import Protocol
 from perf.offered_load import Offer
 from perf.virtual_trtllm import Leases, VirtualTrtllmEngine
 from taper_trtllm.batch import StepRecord
-from taper_trtllm.config import SchedulerConfig
+from taper_trtllm.config import SchedulerConfig, TorchEngineConfig
 from taper_trtllm.engines.base import Engine
-from taper_trtllm.engines.simulated import SimulatedConfig, SimulatedEngine
+from taper_trtllm.engines.simulated import Disturbance, SimulatedConfig, SimulatedEngine
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.output import RequestMetrics, RequestOutput
 from taper_trtllm.profile import LatencyProfile
@@ -52,6 +52,23 @@ class Deployment:
         if self.leases is None:
             return SimulatedEngine(self.truth, self.engine)
         return VirtualTrtllmEngine(self.truth, self.engine, self.leases)
+
+
+def counterpart(engine: TorchEngineConfig, host_overhead_ms: float = 0.0) -> SimulatedConfig:
+    """A simulated engine with the memory, limits and attention of a live one.
+
+    Args:
+        engine: The live one.
+        host_overhead_ms: Of a step, beyond what the profile knows.
+    """
+    return SimulatedConfig(
+        num_kv_blocks=engine.num_kv_blocks,
+        tokens_per_block=engine.tokens_per_block,
+        max_batch_size=engine.max_batch_size,
+        max_seq_len=engine.max_seq_len,
+        prefix_sharing_attention=engine.prefix_sharing_attention,
+        disturbance=Disturbance(host_overhead_ms=host_overhead_ms),
+    )
 
 
 @dataclass(slots=True)

@@ -12,7 +12,8 @@ and be at least C steps long (its critical path), each on average. Whatever deci
             none draws N_i tokens in C_i steps at least, and meets its time per token with steps of
             (N_i - 1) / (C_i - 1) tau. 5 % may miss: p is that of the request at this quantile
   memory    sum y_k >= lambda A / K: with s the mean step, a request holds KV for at least C s
-            seconds; A is its tokens held x steps, at least reserved x C, and K the pool (Little)
+            seconds; A is its tokens held x steps, or reserved x C where that is more: either sum
+            stays below the pool K (Little). What is reserved and not held may be lent
   slots     sum y_k >= lambda C / R for R request slots, likewise
 
 The largest lambda is a linear program. With s = 1 / sum y_k and x_k = s y_k it asks for a mixture
@@ -60,7 +61,7 @@ class Demand:
         prefill_tokens: M, prefill tokens that cost time here.
         prefill_context: Context of such a token.
         critical_steps: C, steps of the longest path.
-        kv_token_steps: A, KV tokens held x steps.
+        kv_token_steps: A, KV tokens held, or reserved, x steps.
         pace: p, the longest mean step that all but 5 % afford, in units of tau.
     """
 
@@ -107,16 +108,16 @@ def demand_of(requests: Iterable[ForkJoinRequest], deployment: Deployment) -> De
         if not engine.free_joins:
             tokens += cost.num_prefill_tokens - prompt
             context += cost.prefill_token_context - prompt * (prompt - 1) // 2
-        held = kv_token_steps(
-            request, engine.tokens_per_block, deployment.scheduler.kv_reserve_fraction
-        )
+        fraction = deployment.scheduler.kv_reserve_fraction
         rows.append((cost.num_output_tokens, cost.decode_context_tokens, tokens, context,
-                     cost.critical_tokens, held))  # fmt: skip
+                     cost.critical_tokens, held_token_steps(request),
+                     reserved_token_steps(request, engine.tokens_per_block, fraction)))  # fmt: skip
         paces.append(longest_step(request.program))
-    output, decode_context, prefill, prefill_context, critical, held = np.mean(rows, axis=0)
+    means = np.mean(rows, axis=0)
+    output, decode_context, prefill, prefill_context, critical, held, reserved = means
     return Demand(
         float(output), float(decode_context / output), float(prefill),
-        float(prefill_context / max(prefill, 1e-9)), float(critical), float(held),
+        float(prefill_context / max(prefill, 1e-9)), float(critical), float(max(held, reserved)),
         float(np.quantile(paces, _MISSES, method="lower")),
     )  # fmt: skip
 
@@ -129,19 +130,21 @@ def longest_step(program: Sequence[SerialStage | ParallelStage]) -> float:
     return (max_new_tokens(program) - 1) / num_steps if num_steps else np.inf
 
 
-def kv_token_steps(
+def reserved_token_steps(
     request: ForkJoinRequest, tokens_per_block: int, reserve_fraction: float
 ) -> float:
-    """The least KV tokens x steps of a request under any control of its width.
+    """KV tokens x steps that a request reserves over its critical path, with a share reserved."""
+    footprint = serial_footprint_blocks(len(request.input_ids), request.program, tokens_per_block)
+    return reserve_fraction * footprint * tokens_per_block * critical_tokens(request.program)
 
-    It is either what its reservation comes to over the critical path, or what it holds if all
-    branches run at once: that is least, since a deferred branch keeps its own tokens and everyone's
+
+def held_token_steps(request: ForkJoinRequest) -> float:
+    """The least KV tokens x steps that a request holds under any control of its width.
+
+    That is with all branches at once, since a deferred branch keeps its own tokens and everyone's
     prefix for longer.
     """
-    prompt = len(request.input_ids)
-    footprint = serial_footprint_blocks(prompt, request.program, tokens_per_block)
-    reserved = reserve_fraction * footprint * tokens_per_block * critical_tokens(request.program)
-    return max(reserved, _held_in_parallel(request.program, prompt)[0])
+    return _held_in_parallel(request.program, len(request.input_ids))[0]
 
 
 def _held_in_parallel(

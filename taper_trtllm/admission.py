@@ -8,7 +8,7 @@ that order. TAPER admits, of the prefixes whose predicted step fits the step bud
 
 the one with the most tokens per second, the widest of equals. It evaluates T on *every* prefix: T
 is not monotone in width on padded or tiled engines, where stopping at the first prefix that does
-not fit would stall (design.md section 2), and a few sequences in the next tile can cost more than
+not fit would stall, and a few sequences in the next tile can cost more than
 they yield: slack that is kept is a lead for later, slack that is spent badly is lost.
 """
 

@@ -72,8 +72,10 @@ class BatchState:
         savable: [R] it can still meet its objective.
         stage_width: [R] width granted in the first step of the request's running parallel stages;
             0 if there was none yet.
-        kv_headroom_blocks: [R] blocks reserved for the request that it does not hold.
-        num_unreserved_blocks: Blocks that no request has reserved or holds.
+        kv_headroom_blocks: [R] blocks reserved for the request that it does not hold; 0 while some
+            are lent.
+        num_unreserved_blocks: Blocks that no request has reserved or holds; negative by the number
+            of those lent.
         prefill: Prefill work already planned for the step.
         max_batch_size: Most sequences in the step.
     """
@@ -167,7 +169,7 @@ class StepRecord:
         num_free_blocks: Free KV blocks after the step.
         num_preempted: Sequences preempted for this step.
         is_probe: A baseline-only step.
-        correction_factor: The predictor's factor common to all widths.
+        correction_factor: See `StepLatencyPredictor`.
         policy: Name of the policy.
     """
 

@@ -172,7 +172,7 @@ _KINDS = {"torch", "trtllm"}
 
 
 class SchedulerConfig(_Model):
-    """Limits of an iteration and the controller's constants (design.md section 2).
+    """Limits of an iteration and the controller's constants.
 
     Attributes:
         policy: ``irp-off``, ``irp-eager``, ``fixed-cap:N``, ``step-ceiling:F``, ``taper`` or one of

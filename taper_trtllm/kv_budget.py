@@ -1,14 +1,15 @@
 """Who may take how many KV blocks in a step.
 
-Every running request has a reservation: its worst-case *serial* footprint. Over all requests,
-sum(max(reserved, held)) never exceeds the pool, so a request below its reservation always finds a
-free block, and one above it can come back below by dropping its own extras. Hence the protected
-baseline always runs and nothing deadlocks. Ended branches that wait to be merged are extras, too.
+Every running request has a reservation: its worst-case *serial* footprint, or a share of it
+(`kv_reserve_fraction`). Unless blocks are lent, sum(max(reserved, held)) over all requests does not
+exceed the pool: a request below its reservation finds a free block, and one above it can come back
+below by dropping its own extras, among them ended branches that wait to be merged. With whole
+footprints reserved that is always so; the protected baseline always runs, and nothing deadlocks.
 
-With `kv_reserve_fraction` below 1, a baseline can outgrow its reservation. It is then lent blocks
-that others have reserved and not taken yet. While some are lent, no extra gets one, no request
-starts, and a baseline takes any block that is free; when none is, extras of others are dropped,
-then the newest requests suspended. The oldest one always gets on.
+With a share, a baseline can outgrow its reservation. It is then lent blocks that others have
+reserved and not taken yet. While some are lent, no extra gets one, no request starts, and a
+baseline takes any block that is free; when none is, extras of others are dropped, then the newest
+requests suspended. The oldest one always gets on.
 """
 
 from __future__ import annotations

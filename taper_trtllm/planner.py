@@ -1,6 +1,6 @@
 """The first beat of a step: from running requests to a plan for the engine.
 
-Order of a plan (design.md section 2): the protected baseline, then prefill chunks under the token
+Order of a plan: the protected baseline, then prefill chunks under the token
 budget, then extras. Memory follows the same order; under pressure no child is started, then extras
 are dropped, then the newest request is suspended.
 """

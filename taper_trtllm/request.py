@@ -75,7 +75,7 @@ class SamplingParams(_Model):
 
 
 class SloTarget(_Model):
-    """The latency objective of one request (design.md section 2).
+    """The latency objective of one request.
 
     Attributes:
         ttft_ms: Time to first token.

@@ -3,7 +3,7 @@
 All times are seconds on one monotonic clock, passed in. The all-token clock starts at the first
 token and grants one (1 - m) tau per token. The serial clock runs only inside the request's serial
 stages, from a stage's first token to its last, one (1 - m) tau per interval, carried over stages:
-lead earned in a wide parallel stage does not pay for a slow serial stage (design.md section 2).
+lead earned in a wide parallel stage does not pay for a slow serial stage.
 """
 
 from __future__ import annotations

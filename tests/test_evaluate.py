@@ -26,6 +26,7 @@ from perf.evaluation_summary import Outcome, Ratio, outcome_of, paired, peak
 from perf.evaluation_tables import all_tables
 from perf.random_cells import cell_named
 from perf.rate_search import FULL, QUICK, wanted_seeds
+from perf.result import save_json
 
 # ---------------------------------------------------------------------------------------- search
 
@@ -103,7 +104,7 @@ def test_ratios_are_paired_and_carry_the_error_of_the_mean():
     spread = peak({0: [9.0, 10.0, 11.0], 3: [5.0, 5.0]}, 3)
     flat = peak({0: [10.0, 10.0, 10.0]}, 3)
     one, other = (
-        Outcome(capacity({}, 3, 0.95), found, (), None, 3) for found in (spread, flat)
+        Outcome(capacity({}, 3, 0.95), found, (), None) for found in (spread, flat)
     )  # fmt: skip
     assert paired(one, other, "peak").error == pytest.approx(0.1 / np.sqrt(3), rel=0.05)
 
@@ -114,8 +115,8 @@ def test_the_peak_is_read_from_complete_rates_alone():
 
 
 def test_verdicts_need_more_than_the_error():
-    found = Ratio(1.1, 0.2, 3), Ratio(0.9, 0.05, 3), Ratio(1.1, None, 1)
-    assert [ratio.verdict for ratio in found] == [0, -1, 1]
+    found = Ratio(1.1, 0.2, 3), Ratio(0.9, 0.05, 3), Ratio(1.1, 0.05, 3), Ratio(1.1, None, 1)
+    assert [ratio.verdict for ratio in found] == [0, -1, 1, 0]
 
 
 def figures(met) -> dict:
@@ -250,6 +251,29 @@ def test_a_file_of_other_settings_is_refused(tmp_path):
     assert load_all(tmp_path, replace(scale, duration_s=20.0)) == {}
 
 
+def test_files_of_something_else_are_left_alone(tmp_path):
+    task, scale = Task("A", "shipped", "taper"), Scale(2, QUICK, 10.0)
+    save_task(measured(task, 1.0), tmp_path, scale)
+    content = json.loads((tmp_path / task.path).read_text())
+    for change in ({"cell": "of old"}, {"levers": "of old"}, {"scheduler": {}}):
+        path = tmp_path / "B" / "shipped" / f"{next(iter(change))}.json"
+        save_json(content | {"settings": content["settings"] | change}, path)
+    save_json({"results": []}, tmp_path / "other" / "kind" / "file.json")
+    assert list(load_all(tmp_path, scale)) == [task]
+
+
+def test_nothing_runs_before_every_file_is_checked(command, tmp_path, capsys):
+    assert main(command) == 0
+    out = tmp_path / "out"
+    path = out / "P" / "shipped" / "irp-eager.json"
+    content = json.loads(path.read_text())
+    save_json(content | {"settings": content["settings"] | {"warmup_s": 7}}, path)
+    (out / "P" / "shipped" / "taper.json").unlink()
+    assert main(command) == 1
+    assert "irp-eager.json" in capsys.readouterr().err
+    assert not (out / "P" / "shipped" / "taper.json").exists()
+
+
 # ----------------------------------------------------------------------------------- command line
 
 
@@ -262,7 +286,7 @@ def command(tmp_path, monkeypatch):
     )  # fmt: skip
     for name in ("P", "A"):
         monkeypatch.setitem(CELLS, name, cell)
-    monkeypatch.setattr(evaluate, "_pool", InThisProcess)
+    monkeypatch.setattr(evaluate, "worker_pool", InThisProcess)
     (tmp_path / "README.md").write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
     return [
         "--quick", "--cells", "P", "--policies", "taper,irp-eager", "--seeds", "2",
@@ -316,7 +340,7 @@ def test_the_command_measures_resumes_and_reports(command, tmp_path, capsys):
 
 
 def test_runs_that_take_their_time_are_waited_for_without_a_limit(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "_pool", ThreadPoolExecutor)
+    monkeypatch.setattr(evaluate, "worker_pool", ThreadPoolExecutor)
     assert main(command) == 0
     assert "Everything" in (tmp_path / "out" / "tables-2-seeds.md").read_text()
 

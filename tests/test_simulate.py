@@ -10,7 +10,7 @@ import pytest
 from perf.mixes import MIXES
 from perf.offered_load import LoadConfig, LoadError, Offer, OfferedLoad
 from perf.program import program_cost
-from perf.simulate import main
+from perf.simulate import main, write_chrome_trace
 from perf.simulated_cell import Cell, Study, run_cell
 from perf.simulated_result import run_figures
 from perf.simulation import Deployment, SimulatedRequest, simulate
@@ -281,7 +281,7 @@ def command(tmp_path):
     ]  # fmt: skip
 
 
-def test_rates_from_the_command_line(command, tmp_path, capsys):
+def test_rates_from_the_command_line(command, tmp_path, capsys, caplog):
     more = ["--request-rate", "10,5", "--policy", "taper,taper@margin=0.3,irp-off"]
     files = ["--plot", str(tmp_path / "o.png"), "--chrome-trace", str(tmp_path / "t.json"),
              "--trace-window", "1:2"]  # fmt: skip
@@ -299,7 +299,15 @@ def test_rates_from_the_command_line(command, tmp_path, capsys):
     slices = [e for e in json.loads((tmp_path / "t.json").read_text())["traceEvents"]
               if e["ph"] == "X"]  # fmt: skip
     assert slices and all(0.9e6 <= e["ts"] <= 2e6 for e in slices)
-    assert "margin=0.3" in capsys.readouterr().out
+    assert "margin=0.3" in capsys.readouterr().out and not caplog.records
+
+
+def test_a_chrome_trace_ends_with_its_window(tmp_path):
+    """Its run does, too: an hour would take minutes."""
+    endless = replace(study(), duration_s=3600.0)
+    cell = Cell("taper", 10.0, 0)
+    num_steps = write_chrome_trace(endless, cell, (0.5, 1.0), tmp_path / "trace.json")
+    assert 5 < num_steps < 100
 
 
 def test_capacity_from_the_command_line(command, tmp_path):
@@ -334,6 +342,16 @@ def test_errors_name_the_option(command, more, named, capsys):
     assert main([*command, *more]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error:") and named in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--request-rate", "inf"), ("--duration", "inf"), ("--warmup-s", "inf"), ("--target", "0")],
+)
+def test_what_would_never_end_is_refused(command, option, value, capsys):
+    with pytest.raises(SystemExit):
+        main([*command, option, value])
+    assert f"argument {option}: must be" in capsys.readouterr().err
 
 
 def test_a_mix_option_needs_a_mix(capsys):

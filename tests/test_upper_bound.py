@@ -11,9 +11,10 @@ from perf.simulated_cell import Cell, run_cell
 from perf.upper_bound import (
     Demand,
     demand_of,
-    kv_token_steps,
+    held_token_steps,
     largest_rate,
     longest_step,
+    reserved_token_steps,
     step_kinds,
     upper_bound,
 )
@@ -93,18 +94,19 @@ def program(stages) -> ForkJoinRequest:
 
 
 def test_memory_held_in_parallel():
-    """Counted step by step; the reservation is more, unless little of it is made."""
+    """Counted step by step; the reservation by its formula."""
     plain = program([{"type": "serial", "max_tokens": 3}])
-    assert kv_token_steps(plain, 1, 1e-6) == pytest.approx(10 + 11 + 12)
+    assert held_token_steps(plain) == pytest.approx(10 + 11 + 12)
     branches = [{"max_tokens": 2, "header_ids": [1]}, {"max_tokens": 4, "header_ids": [1]}]
     forks = program(
         [{"type": "parallel", "branches": branches}, {"type": "serial", "max_tokens": 1}]
     )
     prefix, first, second = 4 * 10, 1 + 2, 1 + 2 + 3 + 4
     joined = 10 + (1 + 2) + (1 + 4)
-    assert kv_token_steps(forks, 1, 1e-6) == pytest.approx(prefix + first + second + joined)
-    # ceil(tokens) + 2 x depth + 1 blocks, over 5 steps.
-    assert kv_token_steps(forks, 1, 1.0) == pytest.approx(5 * (joined + 1 + 2 + 1))
+    assert held_token_steps(forks) == pytest.approx(prefix + first + second + joined)
+    # ceil(tokens) + max(1, 3 x depth) blocks, over 5 steps.
+    assert reserved_token_steps(forks, 1, 1.0) == pytest.approx(5 * (joined + 1 + 3))
+    assert reserved_token_steps(forks, 1, 0.5) == pytest.approx(2.5 * (joined + 1 + 3))
 
 
 def test_pace_that_a_program_affords():
