@@ -18,7 +18,7 @@ from rich.progress import Progress
 from perf.capacity import grid_rate, grid_step
 from perf.evaluation_cells import FREE_EXTRAS, LEVERS, described, study_of
 from perf.random_cells import cell_named
-from perf.rate_search import RateGrid, wanted_seeds
+from perf.rate_search import START_SHARE, RateGrid, wanted_seeds
 from perf.result import git_sha, save_json
 from perf.simulated_cell import Cell, Study, run_cell
 from perf.upper_bound import upper_bound
@@ -27,7 +27,6 @@ SCHEMA_VERSION = 1
 
 Result = dict[str, Any]
 
-_START = 0.8  # of the upper bound
 _EXPECTED_RUNS = 4  # of a task, per seed; for the progress bar
 _FIGURES = (
     "slo_attainment", "token_goodput", "request_goodput", "num_requests", "num_unfinished",
@@ -115,7 +114,7 @@ class TaskRuns:
         """Grid steps and seeds to measure next; empty when the task is done."""
         attainment, goodput = self.attainment(), self.token_goodput()
         measured = {s: list(zip(attainment[s], goodput[s], strict=True)) for s in attainment}
-        start = grid_step(_START * bound_of(self.task.cell))
+        start = grid_step(START_SHARE * bound_of(self.task.cell))
         wanted = wanted_seeds(measured, scale.grid, start, scale.num_seeds, scale.target)
         return [
             (step, seed) for step, num_seeds in wanted.items() for seed in range(num_seeds)

@@ -42,6 +42,8 @@ class RateGrid:
 QUICK = RateGrid(spacing=3, stride=2, reach=1, max_rates=14)  # 9 %
 FULL = RateGrid(spacing=1, stride=6, reach=4, max_rates=40)  # 2.9 %
 
+START_SHARE = 0.8  # of the fluid upper bound, where a search begins
+
 
 def wanted_seeds(
     measured: Measured, grid: RateGrid, start: int, num_seeds: int, target: float

@@ -26,24 +26,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from perf.capacity import Capacity, capacity, grid_rate, grid_step, ratio
-from perf.offered_load import LoadError, OfferedLoad
+from perf.offered_load import LoadError
 from perf.plots import plot_simulation
-from perf.program import program_cost
-from perf.rate_search import FULL, wanted_seeds
+from perf.rate_search import FULL, START_SHARE, wanted_seeds
 from perf.result import save_json
 from perf.simulate_arguments import SimulateError, simulate_parser, study_of, workload_name
 from perf.simulated_cell import Cell, CellRunner, Study, run_cell, worker_pool
 from perf.simulated_result import Result, results_table
 from perf.trace import TraceError
+from perf.upper_bound import upper_bound
 from taper_trtllm.batch import StepRecord
 from taper_trtllm.config import ConfigError
-from taper_trtllm.engines.simulated import StepTimes
 from taper_trtllm.profile import ProfileError
 from taper_trtllm.step_trace import chrome_trace, record_json
 
 SCHEMA_VERSION = 1
-
-_SAMPLE = 500  # requests from which the start of a search is estimated
 
 Search = dict[str, Capacity]
 
@@ -93,23 +90,6 @@ def _measured(runner: CellRunner, policy: str) -> dict[int, list[tuple[float, fl
             figures = (1.0 if attained is None else attained, result["token_goodput"])
             found[grid_step(cell.request_rate)].append(figures)
     return dict(found)
-
-
-def starting_rate(study: Study, seed: int) -> float:
-    """A guess of the capacity: decode at the widest step within tau, without any prefill."""
-    load = OfferedLoad(study.load, seed)
-    costs = [
-        program_cost(offer.request, study.load.tokens_per_block)
-        for _, (_, offer) in zip(range(_SAMPLE), load.arrivals(1.0), strict=False)
-    ]
-    output = sum(c.num_output_tokens for c in costs)
-    context = sum(c.decode_context_tokens for c in costs) / output
-    deployment = study.deployment
-    widths = range(1, deployment.engine.max_batch_size + 1)
-    times = StepTimes(deployment.truth, deployment.engine.max_batch_size)
-    tau_ms = deployment.slo.tpot_ms
-    widest = max((w for w in widths if times.decode_ms(w, context) <= tau_ms), default=1)
-    return 1e3 * widest / tau_ms / (output / len(costs))
 
 
 def write_chrome_trace(study: Study, cell: Cell, window: tuple[float, float], path: Path) -> int:
@@ -254,7 +234,6 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     rates = () if arguments.find_capacity else _rates(arguments, study)
     policies = list(study.policies)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    first_rate = rates[0] if rates else starting_rate(study, arguments.seed)
     found: Search = {}
     progress = Progress(
         TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
@@ -264,7 +243,7 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
     with progress, worker_pool(arguments.processes, study) as pool:
         runner = CellRunner(study, pool, progress)
         if arguments.find_capacity:
-            start = grid_step(first_rate)
+            start = grid_step(START_SHARE * upper_bound(study.deployment, study.load))
             found = find_capacities(runner, policies, start, seeds, arguments.target)
         else:
             run_rates(runner, policies, rates, seeds)
@@ -287,7 +266,8 @@ def run(arguments: argparse.Namespace, console: Console) -> dict[str, Any]:
         plot_simulation(results, {p: c.rate for p, c in found.items()}, arguments.target,
                         arguments.slo_tpot_ms, arguments.plot)  # fmt: skip
     if arguments.chrome_trace:
-        cell = Cell(policies[0], first_rate, arguments.seed)
+        rate = rates[0] if rates else found[policies[0]].rate or results[0]["request_rate"]
+        cell = Cell(policies[0], rate, arguments.seed)
         steps = write_chrome_trace(study, cell, arguments.trace_window, arguments.chrome_trace)
         console.print(f"{steps} steps of {cell.policy} at {cell.request_rate:.3g} req/s: "
                       f"{arguments.chrome_trace}", soft_wrap=True)  # fmt: skip

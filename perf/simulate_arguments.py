@@ -193,7 +193,7 @@ def _add_output(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--plot", type=Path, metavar="PNG", help="curves over the rate")
     group.add_argument(
         "--chrome-trace", type=Path, metavar="FILE",
-        help="steps of the first policy, rate and seed, for https://ui.perfetto.dev",
+        help="steps of the first policy and seed at the first rate, or its capacity, for https://ui.perfetto.dev",
     )  # fmt: skip
     group.add_argument(
         "--trace-window", type=_window, default=(60.0, 70.0), metavar="START:END",
