@@ -13,13 +13,12 @@ from typing import Any
 
 from perf.mixes import MIXES, Mix
 from perf.offered_load import Arrivals, LoadConfig
-from perf.simulate_arguments import PROFILES
+from perf.shipped_profiles import named_profile
 from perf.simulated_cell import Study
 from perf.simulation import Deployment
 from perf.workload import DEFAULT_TRACE
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.engines.simulated import Disturbance, SimulatedConfig
-from taper_trtllm.profile import load_profile
 from taper_trtllm.request import SloTarget
 
 _TOKENS_PER_BLOCK = 32
@@ -167,7 +166,7 @@ def study_of(
     cell: NamedCell, policy: str, levers: str, warmup_s: float, duration_s: float
 ) -> Study:
     """One policy under one set of levers in a cell; it is the study's only policy, by its name."""
-    profile = load_profile(PROFILES / f"{cell.profile}.json")
+    profile = named_profile(cell.profile)
     kv_cache_tokens = cell.kv_cache_tokens or int(profile.provenance["kv_cache_tokens"])
     engine = SimulatedConfig(
         num_kv_blocks=kv_cache_tokens // _TOKENS_PER_BLOCK,

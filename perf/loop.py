@@ -19,13 +19,13 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from perf.shipped_profiles import named_profile
 from taper_trtllm.batch import FloatArray
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.engines.base import StepPlan, StepResult
 from taper_trtllm.engines.simulated import SimulatedConfig, SimulatedEngine
 from taper_trtllm.executor import TaperExecutor
 from taper_trtllm.output import RequestOutput
-from taper_trtllm.profile import load_profile
 from taper_trtllm.request import (
     Branch,
     ForkJoinRequest,
@@ -34,7 +34,7 @@ from taper_trtllm.request import (
     SloTarget,
 )
 
-PROFILE = Path(__file__).parent / "profiles" / "h200_fp8_tp1.json"
+PROFILE = "h200_fp8_tp1"
 CASES = {"admitted": "taper", "refused": "step-ceiling:0.001"}  # what becomes of all extras
 _NUM_BRANCHES = 7
 _NUM_PROMPT_TOKENS = 512
@@ -83,7 +83,7 @@ def loop_times(
         num_steps: Measured turns.
         step_log: Where to write every step record; None for nowhere.
     """
-    profile = load_profile(PROFILE)
+    profile = named_profile(PROFILE)
     config = SimulatedConfig(num_kv_blocks=1 << 17, max_batch_size=_MAX_BATCH_SIZE)
     engine = _ClockedEngine(profile, config)
     num_requests = num_sequences // 4

@@ -17,12 +17,12 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from perf.shipped_profiles import PROFILES, named_profile
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.engines.simulated import Device, Disturbance
 from taper_trtllm.predictor import StepLatencyPredictor
-from taper_trtllm.profile import LatencyProfile, ProfileError, load_profile
+from taper_trtllm.profile import LatencyProfile, ProfileError
 
-PROFILES = Path(__file__).parent / "profiles"
 NOISE = 0.02
 DISTURBANCES = {
     "none": Disturbance(noise=NOISE),
@@ -103,19 +103,20 @@ def main() -> int:
     """Prints the table."""
     parser = argparse.ArgumentParser(prog="python -m perf.predictor_error", description=__doc__)
     parser.add_argument(
-        "--profile", type=Path, action="append", help="profiles (all that are shipped)"
+        "--profile", action="append", metavar="NAME", help="files or names (all that are shipped)"
     )
     arguments = parser.parse_args()
     table = Table("profile", "device", "MAPE %", "externality error %", "P95 under %")
-    for path in arguments.profile or sorted(PROFILES.glob("*.json")):
+    for profile_name in arguments.profile or PROFILES:
         try:
-            profile = load_profile(path)
+            profile = named_profile(profile_name)
         except ProfileError as error:
             parser.exit(1, f"error: {error}\n")
         for name, disturbance in DISTURBANCES.items():
             error = predictor_error(profile, disturbance)
             figures = (error.mape, error.externality_error, error.p95_under)
-            table.add_row(path.stem, name, *(f"{100 * figure:.1f}" for figure in figures))
+            stem = Path(profile_name).stem
+            table.add_row(stem, name, *(f"{100 * figure:.1f}" for figure in figures))
     Console().print(table)
     return 0
 

@@ -15,11 +15,10 @@ import numpy as np
 
 from perf.evaluation_cells import CELLS, FREE_EXTRAS, NamedCell, study_of
 from perf.mixes import Mix
-from perf.simulate_arguments import PROFILES
+from perf.shipped_profiles import PROFILES, named_profile
 from perf.upper_bound import bound_of_demand, demand_of_load
 from taper_trtllm.batch import PrefillLoad
 from taper_trtllm.engines.simulated import StepTimes
-from taper_trtllm.profile import load_profile
 
 _PREFIX = "random-"
 _NUM_REQUESTS = 150  # of a scored window at 0.7 of the upper bound
@@ -45,8 +44,8 @@ def cell_named(name: str) -> NamedCell:
 @cache
 def _random_cell(number: int) -> NamedCell:
     rng = np.random.default_rng(number)
-    profile_name = str(rng.choice(sorted(path.stem for path in PROFILES.glob("*.json"))))
-    profile = load_profile(PROFILES / f"{profile_name}.json")
+    profile_name = str(rng.choice(sorted(PROFILES)))
+    profile = named_profile(profile_name)
     is_disaggregated = bool(rng.random() < 0.4)
     tightness = float(np.exp(rng.uniform(np.log(1.3), np.log(4.0))))
     memory_share = float(np.exp(rng.uniform(np.log(0.2), 0.0)))

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from perf.argument_types import at_least_0, count, positive, positive_int, positive_share, share
 from perf.mixes import MIXES, Mix, Range
 from perf.offered_load import LoadConfig
+from perf.shipped_profiles import PROFILES, named_profile
 from perf.simulated_cell import Study
 from perf.simulation import Deployment
 from perf.workload import DEFAULT_TRACE
@@ -21,10 +22,9 @@ from taper_trtllm.admission import make_policy
 from taper_trtllm.config import ConfigError, SchedulerConfig
 from taper_trtllm.engines.simulated import Disturbance, SimulatedConfig
 from taper_trtllm.predictor import StepLatencyPredictor
-from taper_trtllm.profile import LatencyProfile, load_profile
+from taper_trtllm.profile import LatencyProfile
 from taper_trtllm.request import SloTarget
 
-PROFILES = Path(__file__).parent / "profiles"
 POLICIES = ("irp-off", "irp-eager", "taper")
 
 _TOKENS_PER_BLOCK = 32
@@ -123,7 +123,7 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--profile", required=True,
         help="latency profile: a file, or a shipped one by name ("
-        + ", ".join(sorted(p.stem for p in PROFILES.glob("*.json"))) + ")",
+        + ", ".join(PROFILES) + ")",
     )  # fmt: skip
     group.add_argument(
         "--kv-cache-tokens", type=positive_int, help="size of the KV pool (the profile's)"
@@ -214,7 +214,7 @@ def study_of(arguments: argparse.Namespace) -> Study:
         ProfileError: The profile cannot be read.
         TraceError: The trace has no arrivals where they are needed.
     """
-    profile = load_profile(_profile_path(arguments.profile))
+    profile = named_profile(arguments.profile)
     max_batch_size = arguments.max_batch_size or max(profile.width_buckets or (_MAX_BATCH_SIZE,))
     num_kv_blocks = _kv_cache_tokens(arguments, profile) // _TOKENS_PER_BLOCK
     if num_kv_blocks < 1:
@@ -240,11 +240,6 @@ def study_of(arguments: argparse.Namespace) -> Study:
     return Study(
         deployment, policies, load, arguments.warmup_s, arguments.duration, arguments.drain_s
     )
-
-
-def _profile_path(name: str) -> Path:
-    shipped = PROFILES / f"{name}.json"
-    return shipped if shipped.exists() else Path(name)
 
 
 def _kv_cache_tokens(arguments: argparse.Namespace, profile: LatencyProfile) -> int:

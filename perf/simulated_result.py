@@ -118,7 +118,7 @@ def _group_figures(requests: Sequence[SimulatedRequest], tpot_slo_ms: float) -> 
 def _victims(
     plain: Sequence[SimulatedRequest], branching: Sequence[SimulatedRequest]
 ) -> list[SimulatedRequest]:
-    """Plain requests whose decode overlapped that of a branching one."""
+    """Finished plain requests whose decode overlapped that of a finished branching one."""
     plain = [r for r in plain if r.metrics is not None]
     spans, others = _decode_spans_s(plain), _decode_spans_s(branching)
     overlaps = (spans[:, None, 0] <= others[None, :, 1]) & (others[None, :, 0] <= spans[:, None, 1])

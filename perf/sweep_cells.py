@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perf.shipped_profiles import named_profile
 from perf.sweep_summary import Cells
 from taper_trtllm.admission import make_policy
 from taper_trtllm.config import SchedulerConfig
 from taper_trtllm.predictor import StepLatencyPredictor
-from taper_trtllm.profile import load_profile
 
-_ANY_PROFILE = Path(__file__).parent / "profiles" / "h200_fp8_tp1.json"
+_ANY_PROFILE = "h200_fp8_tp1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,6 @@ def check_policies(policies: Sequence[str]) -> None:
     Raises:
         ConfigError: Names the policy and lists those that exist.
     """
-    predictor = StepLatencyPredictor(load_profile(_ANY_PROFILE))
+    predictor = StepLatencyPredictor(named_profile(_ANY_PROFILE))
     for policy in policies:
         make_policy(policy, SchedulerConfig(), predictor)

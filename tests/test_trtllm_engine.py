@@ -24,6 +24,7 @@ from test_sequence_table import check_rows
 from toy_engine import next_token, step_ms, toy_profile
 
 from engine_build.calibrate import Calibrator, Grid
+from perf.shipped_profiles import named_profile
 from perf.trtllm_fake.active_request import Submission
 from perf.trtllm_fake.decoders import Step, StepOutput
 from perf.trtllm_fake.engine_dir import (
@@ -62,7 +63,6 @@ from taper_trtllm.executor_thread import ExecutorThread
 from taper_trtllm.kv_budget import serial_footprint_blocks
 from taper_trtllm.live_request import LiveRequest
 from taper_trtllm.output import RequestOutput
-from taper_trtllm.profile import load_profile
 from taper_trtllm.request import (
     Branch,
     ForkJoinRequest,
@@ -75,7 +75,6 @@ from taper_trtllm.request import (
 from taper_trtllm.request_gate import ExecutorClosedError
 
 BLOCK = 4
-PROFILES = Path(__file__).parents[1] / "perf" / "profiles"
 TINY = RandomModelConfig(
     hidden_size=64, num_hidden_layers=2, head_dim=16, intermediate_size=96, vocab_size=97, seed=3
 )
@@ -1000,7 +999,7 @@ def test_an_engine_that_fails_in_its_warm_up_is_shut_down(path):
 
 
 def test_calibration_finds_the_truth():
-    truth = load_profile(PROFILES / "h200_fp8_tp1.json")
+    truth = named_profile("h200_fp8_tp1")
     engine = VirtualTrtllmEngine(truth, SimulatedConfig(num_kv_blocks=4096), Leases())
     grid = Grid((1, 4, 16, 64), (64, 512), (16, 128), (0, 512), repetitions=2, num_checks=4)
     calibrator = Calibrator(engine, grid)
