@@ -195,7 +195,8 @@ class TaperPolicy:
         feasible = max(num_kept, _largest_prefix(times, budget_ms))
         admitted = feasible
         if self._variant != "widest":
-            admitted = max(num_kept, _most_efficient_prefix(times, len(baseline), budget_ms))
+            within = times[: feasible + 1]
+            admitted = max(num_kept, _most_efficient_prefix(within, len(baseline), budget_ms))
             refused.append((fitting[admitted:feasible], RefusalReason.EFFICIENCY))
         refused.append((fitting[feasible:], RefusalReason.SLACK))
         return _decision(baseline, fitting, admitted, times, budget_ms, refused)
@@ -323,7 +324,9 @@ def _largest_prefix(times: FloatArray, budget_ms: float) -> int:
 
 def _most_efficient_prefix(times: FloatArray, num_baseline: int, budget_ms: float) -> int:
     """The feasible prefix with the most tokens per second, ties to the wider."""
-    rate = np.arange(num_baseline, num_baseline + len(times)) / np.maximum(times, 1e-9)
+    if len(times) == 1:
+        return 0
+    rate = np.arange(num_baseline, num_baseline + len(times)) / times
     rate[1:][times[1:] > budget_ms] = -1.0
     return len(rate) - 1 - int(np.argmax(rate[::-1]))
 
