@@ -28,12 +28,15 @@ class BlockTable:
         block_ids: One id for every `tokens_per_block` tokens, the last one maybe partly filled.
         num_tokens: Tokens that have KV.
         num_tokens_with_room: Tokens up to which `make_room` has taken blocks; 0 without room.
+        num_tokens_writable: Tokens up to which a write takes no block and copies none, if its last
+            write found that out; 0 if it is not known.
     """
 
     family: int
     block_ids: array[int] = field(default_factory=lambda: array("i"))
     num_tokens: int = 0
     num_tokens_with_room: int = 0
+    num_tokens_writable: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,7 @@ class BlockPool:
         block_ids = parent.block_ids[: self._blocks_for(num_tokens)]
         for block in block_ids:
             self._ref_counts[block] += 1
+        parent.num_tokens_writable = 0  # its tail may be shared now
         table = BlockTable(parent.family, block_ids, num_tokens)
         self._tables.add(table)
         return table
@@ -185,7 +189,8 @@ class BlockPool:
         Raises:
             OutOfBlocksError: Too few free blocks; nothing was changed.
         """
-        tables = [write for write in writes if self._takes_blocks(*write)]
+        # Nearly every decode writes to a tail block of its own.
+        tables = [(t, n) for t, n in writes if t.num_tokens + n > t.num_tokens_writable]
         tails = [self._shared_tail(table) for table, _ in tables]
         needed = self._total_needed(tables, tails)
         if needed > len(self._free):
@@ -198,6 +203,7 @@ class BlockPool:
                 copies.append(BlockCopy(tail, table.block_ids[-1]))
             while len(table.block_ids) * self.tokens_per_block < table.num_tokens + num_tokens:
                 table.block_ids.append(self._allocate(table.family))
+            table.num_tokens_writable = len(table.block_ids) * self.tokens_per_block
         for table, num_tokens in writes:
             table.num_tokens += num_tokens
         return copies
@@ -219,11 +225,6 @@ class BlockPool:
         """Frees the blocks beyond the tokens that have KV."""
         self._drop_from(table, self._blocks_for(table.num_tokens))
         table.num_tokens_with_room = 0
-
-    def _takes_blocks(self, table: BlockTable, num_tokens: int) -> bool:
-        """False for nearly every decode: its token goes to a tail block of its own."""
-        room = len(table.block_ids) * self.tokens_per_block - table.num_tokens
-        return num_tokens > room or self._ref_counts[table.block_ids[-1]] > 1
 
     def _total_needed(
         self, writes: Sequence[tuple[BlockTable, int]], tails: Sequence[int | None]
@@ -261,6 +262,7 @@ class BlockPool:
                 del self._held[family]
 
     def _drop_from(self, table: BlockTable, first: int) -> None:
+        table.num_tokens_writable = 0
         for block in reversed(table.block_ids[first:]):
             self._unreference(block, table.family)
         del table.block_ids[first:]
@@ -280,6 +282,9 @@ class BlockPool:
             num_tokens = max(table.num_tokens, table.num_tokens_with_room)
             assert len(ids) == self._blocks_for(num_tokens), "table and tokens differ"
             assert len(set(ids)) == len(ids), "a table holds a block twice"
+            if table.num_tokens_writable:
+                assert table.num_tokens_writable == len(ids) * self.tokens_per_block
+                assert self._ref_counts[ids[-1]] == 1, "a writable tail is shared"
             references.update(ids)
             for block in ids:
                 owner = families.setdefault(block, table.family)
