@@ -535,7 +535,8 @@ class TaperExecutor:
             if request.state.is_finished:
                 self._finish(request, "completed", tuple(branches))
                 continue
-            progress = _progress(request, branches, step_ms, result)
+            watched = request.request.events
+            progress = _progress(request, branches, step_ms, result) if watched else None
             self._emit(
                 request,
                 RequestOutput(request.request.request_id, tuple(branches), progress=progress),
@@ -629,10 +630,8 @@ def _bind_fork_formats(config: ServingConfig) -> Iterator[BoundForkFormat]:
 
 def _progress(
     request: LiveRequest, outputs: Iterable[BranchOutput], step_ms: float, result: StepResult
-) -> StepProgress | None:
+) -> StepProgress:
     """For those who watch: how the request stands after a step."""
-    if not request.request.events:
-        return None
     slack_s = request.tracker.slack_s(result.completed_at_s)
     return StepProgress(
         step_ms=step_ms,

@@ -312,7 +312,7 @@ class LiveRequest:
         self.tracker.record_tokens(now_s, state.num_output_tokens - num_tokens_before, is_serial)
         if is_serial and outputs[0].finish_reason is not None:
             self.tracker.end_serial_stage()
-        return [*self.take_events(), *outputs]
+        return [*self.take_events(), *outputs] if self._events else outputs
 
     def cancel_branch(self, sequences: SequenceTable, path: str, now_s: float) -> None:
         """Ends a branch that nobody wants any more; unknown ones are ignored.
