@@ -412,8 +412,8 @@ class LiveRequest:
 
     @property
     def num_context_tokens(self) -> int:
-        """Tokens that one of its sequences reads: the context of the deepest leaf."""
-        return max(leaf.num_context_tokens for leaf in self.state.leaves)
+        """Tokens that one of its sequences reads: the context of its first leaf."""
+        return self.state.leaves[0].num_context_tokens
 
     def is_savable(self, now_s: float, step_ms: float) -> bool:
         """Whether its objective can still be met with such steps, as many abreast as may be."""

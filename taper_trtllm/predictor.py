@@ -26,6 +26,7 @@ PredictorMode = Literal["corrected", "uncorrected", "constant"]
 _PREFILL_GAIN = 0.05  # share of a relative residual that one step moves the prefill factor by
 _MAX_RESIDUAL = 0.5  # relative residual beyond which a prefill step counts as an outlier
 _LEAST_PREFILL_SHARE = 0.1  # of a step, for its prefill time to be read from it
+_REFIT_STEPS = 4  # decode steps that share a fit: it costs more than all else that is learned
 _LEAST_FACTOR = 0.25  # corrections stay within this and its inverse
 
 
@@ -61,6 +62,7 @@ class StepLatencyPredictor:
         self._most_intercept_ms = self._fitted_intercept_ms / _LEAST_FACTOR
         self._unit_ms = float(self._fitted_intercept_ms[1])
         self._prefill_factor = 1.0
+        self._num_unfitted = 0  # decode steps observed since the last fit
         self.correction_factor = 1.0
         self._correction_position = np.minimum(position, len(knots) - 1)
         self._correction_weights = _weights(self._correction_position, len(knots))
@@ -133,6 +135,18 @@ class StepLatencyPredictor:
         )
         position = float(self._correction_position[width])
         correction.observe(width, parts_ms, position, step_ms)
+        self._num_unfitted += 1
+        if self._num_unfitted == _REFIT_STEPS:
+            self._refit()
+        self.correction_factor = self.predict_step_ms(width, context_tokens) / float(
+            parts_ms[1] + parts_ms[2]
+        )
+
+    def _refit(self) -> None:
+        """Draws the lines of every width anew."""
+        self._num_unfitted = 0
+        correction = self._correction
+        correction.refit()
         constant, per_width, per_context = correction.coefficients
         bucket = _between(self._correction_weights, correction.bucket_log)
         bucket += correction.width_log
@@ -142,9 +156,6 @@ class StepLatencyPredictor:
         self._intercept_ms = np.minimum(intercept_ms, self._most_intercept_ms, out=intercept_ms)
         slope = np.minimum(per_context * bucket, 1 / _LEAST_FACTOR)
         self._slope_ms = slope * self._fitted_slope_ms
-        self.correction_factor = self.predict_step_ms(width, context_tokens) / float(
-            parts_ms[1] + parts_ms[2]
-        )
 
     def _observe_prefill(
         self, width: int, context_tokens: int, prefill: PrefillLoad, step_ms: float

@@ -52,7 +52,7 @@ class StepCorrection:
         max_width: Widest step that will be asked for.
 
     Attributes:
-        coefficients: [3] alpha, beta, gamma.
+        coefficients: [3] alpha, beta, gamma, as of the last `refit`.
         bucket_log: [num_buckets] b_w at the measured widths, linear between.
         width_log: [max_width + 1] d_w.
     """
@@ -88,7 +88,7 @@ class StepCorrection:
         residual = step_ms / (predicted_ms * expected) - 1.0
         residual = min(max(residual, _MOST_BELOW), _MOST_ABOVE)
         # The residuals take what the coefficients leave, not the other way round.
-        self._fit(parts_ms / predicted_ms, expected * (1.0 + residual))
+        self._accumulate(parts_ms / predicted_ms, expected * (1.0 + residual))
         for knot, weight in ((low, 1 - share), (low + 1, share)):
             if weight:
                 moved = self.bucket_log[knot] + _BUCKET_GAIN * weight * residual
@@ -109,13 +109,16 @@ class StepCorrection:
         agreed = min(max(log, min(before, seen)), max(before, seen))
         self.width_log[width] = min(max(log + gain * (agreed - log), -_MAX_LOG), _MAX_LOG)
 
-    def _fit(self, row: FloatArray, target: float) -> None:
-        """One step of regularised recursive least squares, in shares of the predicted step."""
+    def _accumulate(self, row: FloatArray, target: float) -> None:
+        """One step of regularised least squares, in shares of the predicted step."""
         self._information *= _KEEP
         self._information += row[:, None] * row
         self._information += _PULL
         self._moment *= _KEEP
         self._moment += row * target
         self._moment += _PULL_MOMENT
+
+    def refit(self) -> None:
+        """Solves for the coefficients."""
         solved = np.linalg.solve(self._information, self._moment)
         self.coefficients = np.minimum(np.maximum(solved, _LEAST), _MAX_FACTOR)
