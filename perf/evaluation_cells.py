@@ -37,7 +37,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "slack-chunks": {"prefill_chunking": "slack"},
     "fcfs": {"late_requests": "fcfs"},
     "slots": {"request_admission": "slots"},
-    "patient": {"request_admission": "patient"},
+    "tpot": {"request_admission": "tpot"},
     "reserve-all": {"kv_reserve_fraction": 1.0},
 }
 

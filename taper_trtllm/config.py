@@ -187,12 +187,12 @@ class SchedulerConfig(_Model):
             whole prompts, which TensorRT-LLM cuts by the engine's max_num_tokens.
         late_requests: ``defer`` starts waiting requests that will miss their TTFT objective after
             all others; ``fcfs`` keeps the order of arrival.
-        request_admission: ``tpot`` starts a waiting request only while steps of one sequence per
+        request_admission: ``patient`` starts a waiting request only while steps of one sequence per
             request, with the prefill that comes with them, keep the TPOT objectives of those that
             can still meet theirs, by (1 - m) tau or by a lead that pays for longer ones to the end;
-            ``patient`` also holds a prompt back while its own time would cost one of them the
-            objective and all who wait can still be in time; ``slots`` starts as long as slots and
-            memory last.
+            and it holds a prompt back while its own time would cost one of them the objective and
+            all who wait can still be in time. ``tpot`` leaves out the latter; ``slots`` starts as
+            long as slots and memory last.
         rho: Share of the slack above T0 that a step may spend. Steps settle at tau whatever it is;
             below 1, requests keep a lead for slow steps that nobody foresaw.
         kappa: Step budget limit, in smallest tau.
@@ -212,7 +212,7 @@ class SchedulerConfig(_Model):
     max_prefill_tokens: _PositiveInt = 128
     prefill_chunking: Literal["slack", "full"] = "full"
     late_requests: LateRequests = "defer"
-    request_admission: RequestAdmission = "tpot"
+    request_admission: RequestAdmission = "patient"
     rho: Annotated[float, Field(gt=0, le=1)] = 0.5
     kappa: Annotated[float, Field(ge=1)] = 1.0
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.1

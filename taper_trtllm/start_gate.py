@@ -22,7 +22,8 @@ class StartGate:
     objective all of them miss it.
 
     Args:
-        request_admission: ``tpot``; ``patient`` to hold prompts back too; ``slots`` for nobody.
+        request_admission: ``patient``; ``tpot`` to hold no prompt back for its own time; ``slots``
+            for nobody.
         predictor: Of step latencies.
         margin: m; a step may take (1 - m) tau.
         tpot_slo_ms: The server's own objective; one that is tighter holds nobody else up.
