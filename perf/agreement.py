@@ -1,10 +1,8 @@
 """Does the simulation predict the live server? ``python -m perf.agreement SWEEP_DIR``.
 
-Every cell of a finished live sweep is run again in virtual time: the same profile, regime, requests
-and arrivals. Host time per step beyond the profile's (`perf.host_time`) grows with the load, since
-engine, server and client share two cores; it is taken from the irp-off cells of each load, and the
-other policies are then predictions. The bar is the spread of the live repetitions or 15 %,
-whichever is larger.
+Every cell of a finished live sweep is run again in virtual time: the same regime, requests and
+arrivals, on the profile that was calibrated in the running server before the first cell. Nothing is
+fitted to the sweep. The bar is the spread of the live repetitions or 15 %, whichever is larger.
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ from perf.workload import DEFAULT_TRACE, build_workload
 from taper_trtllm.config import ServingConfig, parse_config
 from taper_trtllm.profile import LatencyProfile, load_profile
 
-_CALIBRATING_POLICY = "irp-off"
 _BAR = 0.15
 _DRAIN_S = 120.0
 
@@ -91,9 +88,7 @@ def read_sweep(directory: Path, dataset_path: Path) -> LiveSweep:
     )
 
 
-def simulate_cell(
-    sweep: LiveSweep, profile_path: Path, cell: dict[str, Any], host_overhead_ms: float
-) -> Figures:
+def simulate_cell(sweep: LiveSweep, profile_path: Path, cell: dict[str, Any]) -> Figures:
     """Runs one cell of a sweep in virtual time."""
     rate = cell["load"] * sweep.regime.reference_rate
     config = sweep.regime.serving_config(sweep.base, cell["policy"], profile_path)
@@ -104,7 +99,7 @@ def simulate_cell(
         )
     )
     deployment = Deployment(
-        sweep.profile, sweep.profile, counterpart(config.engine, host_overhead_ms),
+        sweep.profile, sweep.profile, counterpart(config.engine),
         config.scheduler, config.slo, config.limits,
     )  # fmt: skip
     arrivals = [
@@ -118,16 +113,6 @@ def simulate_cell(
     )
     tokens = sum(r.metrics.num_output_tokens for r in requests if r.metrics and r.is_met)
     return Figures(float(np.mean(steps_ms)), tokens / window_s)
-
-
-def host_overhead_ms(sweep: LiveSweep, profile_path: Path) -> dict[float, float]:
-    """Time per step that the profile does not know, by load, from the cells of one policy."""
-    gaps: dict[float, list[float]] = defaultdict(list)
-    for cell in sweep.cells:
-        if cell["policy"] == _CALIBRATING_POLICY:
-            simulated_ms = simulate_cell(sweep, profile_path, cell, 0.0).mean_step_ms
-            gaps[cell["load"]].append(cell["mean_step_ms"] - simulated_ms)
-    return {load: max(0.0, float(np.mean(values))) for load, values in sorted(gaps.items())}
 
 
 def agreement_table(
@@ -177,15 +162,9 @@ def main() -> int:
         return 1
     profile_path = arguments.directory / "profile.json"
     console = Console()
-    overhead_ms = host_overhead_ms(sweep, profile_path)
-    if missing := {cell["load"] for cell in sweep.cells} - overhead_ms.keys():
-        print(f"error: no cell of {_CALIBRATING_POLICY} at load {min(missing):g}", file=sys.stderr)
-        return 1
-    text = ", ".join(f"{ms:.2f} ms at {load:g}" for load, ms in overhead_ms.items())
-    console.print(f"host time per step beyond the profile's, from {_CALIBRATING_POLICY}: {text}")
     cells = sweep.cells
     simulated = [
-        simulate_cell(sweep, profile_path, cell, overhead_ms[cell["load"]])
+        simulate_cell(sweep, profile_path, cell)
         for cell in track(cells, "simulating", console=console)
     ]
     live = [Figures(cell["mean_step_ms"], cell["token_goodput"]) for cell in cells]
