@@ -62,11 +62,14 @@ class AdmissionPolicy(Protocol):
     def baseline(self, batch: BatchState) -> IntArray:
         """The protected leaf of every request: [R] rows of leaves."""
 
-    def admit(self, batch: BatchState, extras_allowed: bool = True) -> AdmissionDecision:
+    def admit(
+        self, batch: BatchState, baseline: IntArray, extras_allowed: bool = True
+    ) -> AdmissionDecision:
         """Decides one step; equal batches give equal decisions.
 
         Args:
             batch: The ready leaves.
+            baseline: What `baseline` says of them.
             extras_allowed: False for a probe step, which runs the baseline alone.
         """
 
@@ -115,9 +118,10 @@ class WidthPolicy:
         """The first leaf of every request in program order."""
         return batch.first_leaf
 
-    def admit(self, batch: BatchState, extras_allowed: bool = True) -> AdmissionDecision:
+    def admit(
+        self, batch: BatchState, baseline: IntArray, extras_allowed: bool = True
+    ) -> AdmissionDecision:
         """Admits every extra below the cap."""
-        baseline = self.baseline(batch)
         extras = _extras(batch, baseline)
         refused: _Refusals = []
         if self.max_width is not None:
@@ -142,9 +146,10 @@ class StepCeilingPolicy:
         """The least recently advanced leaf of every request."""
         return _least_recent_leaves(batch)
 
-    def admit(self, batch: BatchState, extras_allowed: bool = True) -> AdmissionDecision:
+    def admit(
+        self, batch: BatchState, baseline: IntArray, extras_allowed: bool = True
+    ) -> AdmissionDecision:
         """Admits by the ceiling alone."""
-        baseline = self.baseline(batch)
         refused: _Refusals = []
         extras = _fitting(batch, _ordered_extras(batch, baseline), extras_allowed, refused)
         times = _prefix_times(batch, self._predictor, baseline, extras)
@@ -180,9 +185,10 @@ class TaperPolicy:
         """The least recently advanced leaf of every request, so that the baseline rotates."""
         return _least_recent_leaves(batch)
 
-    def admit(self, batch: BatchState, extras_allowed: bool = True) -> AdmissionDecision:
+    def admit(
+        self, batch: BatchState, baseline: IntArray, extras_allowed: bool = True
+    ) -> AdmissionDecision:
         """Admits what the slack can pay for."""
-        baseline = self.baseline(batch)
         refused: _Refusals = []
         extras = _ordered_extras(batch, baseline)
         num_kept = 0

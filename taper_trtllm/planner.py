@@ -433,7 +433,7 @@ class StepPlanner:
             max_batch_size=self._scheduler.max_batch_size - len(chunks),
         )
         is_probe = self._probe_is_due()
-        decision = self._policy.admit(batch, extras_allowed=not is_probe)
+        decision = self._policy.admit(batch, ready.baseline, extras_allowed=not is_probe)
         # A chunk's own time says nothing about the steps to come.
         self.baseline_ms = self._predictor.predict_step_ms(
             len(ready.baseline), int(batch.context_tokens[ready.baseline].sum())

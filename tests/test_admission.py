@@ -89,7 +89,8 @@ def batches(draw) -> BatchState:
 
 
 def admit(spec: str, batch: BatchState, predictor=PREDICTOR) -> AdmissionDecision:
-    return make_policy(spec, SchedulerConfig(policy=spec, rho=1.0), predictor).admit(batch)
+    policy = make_policy(spec, SchedulerConfig(policy=spec, rho=1.0), predictor)
+    return policy.admit(batch, policy.baseline(batch))
 
 
 def predicted(batch: BatchState, decision: AdmissionDecision, predictor=PREDICTOR) -> float:
@@ -104,7 +105,7 @@ def predicted(batch: BatchState, decision: AdmissionDecision, predictor=PREDICTO
 def test_every_leaf_is_in_the_plan_or_refused_once(batch, spec, extras_allowed):
     """Rules 1 and 10, and the limits that are not time."""
     policy = make_policy(spec, SchedulerConfig(policy=spec, rho=1.0), PREDICTOR)
-    decision = policy.admit(batch, extras_allowed)
+    decision = policy.admit(batch, policy.baseline(batch), extras_allowed)
     refused = [rows for rows, _ in decision.refused]
     everything = np.concatenate([decision.baseline, decision.extras, *refused])
     assert sorted(everything.tolist()) == list(range(batch.num_leaves))
