@@ -8,6 +8,9 @@ Runs in an environment of its own, since the package needs numpy 2.
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import random
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -30,10 +33,20 @@ WIDTH_BUCKETS = (1, 2, 4, *range(8, 129, 8), *range(192, 513, 64))
 DECODE_CONTEXTS = (128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 MAX_KV_OVERCOMMIT = 4  # decode points beyond this multiple of the KV capacity are left out
 
-PREFILL_WIDTHS = (0, 1, 8, 32, 64, 96, 128, 192, 256, 384, 512)
+PREFILL_WIDTHS = (0, 1, 8, 24, 56, 120, 240, 500)  # none at an edge, see below
 PREFILL_DECODE_CONTEXT = 2048
-PREFILL_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096)
-PRIOR_CONTEXTS = {0: (0, 2048, 8192), 64: (0, 2048, 8192)}  # by width; (0,) elsewhere
+# Rows of the matrices of a mixed step: decoding sequences and chunk tokens, unpadded. FP8 on Hopper
+# is a staircase in their number, whose edges stand here on both sides.
+PREFILL_ROWS = (
+    4, 8, 16, 17, 32, 48, 64, 65, 80, 96, 128, 129, 160, 161, 192, 224, 256, 257, 320, 384, 448,
+    512, 513, 640, 768, 769, 896, 1024, 1025, 1280, 1281, 1536, 1537, 1792, 1793, 2048, 2049, 2560,
+    3072, 4096, 4608,
+)  # fmt: skip
+PRIOR_TOKENS = (64, 256, 1024, 4096)  # chunks that are also measured ...
+PRIOR_CONTEXTS = (2048, 8192)  # ... behind so many computed tokens ...
+PRIOR_WIDTHS = (0, 56)  # ... beside these widths
+
+NUM_HELD_OUT, HELD_OUT_WIDTH, HELD_OUT_TOKENS = 100, 320, 2048
 
 KV_MEMORY_FRACTION, KV_MAX_NUM_TOKENS, KV_MAX_BATCH_SIZE = 0.9, 2560, 512
 
@@ -179,36 +192,60 @@ def _decode_points(times: StepTimes, kv_cache_tokens: int) -> tuple[DecodePoint,
 
 
 def _prefill_points(times: StepTimes) -> tuple[PrefillPoint, ...]:
+    cases = [(width, 1, 0) for width in PREFILL_WIDTHS]
+    cases += [(width, rows - width, 0) for width in PREFILL_WIDTHS for rows in PREFILL_ROWS]
+    cases += [
+        (width, num_tokens, prior)
+        for width in PRIOR_WIDTHS
+        for num_tokens in PRIOR_TOKENS
+        for prior in (0, *PRIOR_CONTEXTS)
+    ]
     points = []
-    for width in PREFILL_WIDTHS:
+    for width, num_tokens, prior in sorted({case for case in cases if case[1] > 0}):
         context = PREFILL_DECODE_CONTEXT if width else 0
-        for prior in PRIOR_CONTEXTS.get(width, (0,)):
-            for num_tokens in PREFILL_TOKENS:
-                step_ms = times.mixed_ms(width, context, num_tokens, prior)
-                points.append(
-                    PrefillPoint(
-                        width=width,
-                        context_tokens=context,
-                        num_chunks=1,
-                        num_tokens=num_tokens,
-                        token_context=num_tokens * (prior + num_tokens / 2),
-                        step_ms=round(HOST_FACTOR * step_ms, 4),
-                    )
-                )
+        step_ms = times.mixed_ms(width, context, num_tokens, prior)
+        points.append(
+            PrefillPoint(
+                width=width,
+                context_tokens=context,
+                num_chunks=1,
+                num_tokens=num_tokens,
+                token_context=num_tokens * (prior + num_tokens / 2),
+                step_ms=round(HOST_FACTOR * step_ms, 4),
+            )
+        )
     return tuple(points)
+
+
+def held_out_steps(deployment: Deployment) -> list[tuple[int, int, float]]:
+    """Width, chunk tokens and time of mixed steps that the profile does not contain."""
+    rng = random.Random(deployment.name)
+    times = StepTimes(deployment, resolve_query_version(deployment.system, BACKEND, DATA_SLOT))
+    steps = []
+    for _ in range(NUM_HELD_OUT):
+        width = round(2 ** rng.uniform(0, math.log2(HELD_OUT_WIDTH)))
+        num_tokens = round(2 ** rng.uniform(2, math.log2(HELD_OUT_TOKENS)))
+        step_ms = times.mixed_ms(width, PREFILL_DECODE_CONTEXT, num_tokens, 0)
+        steps.append((width, num_tokens, round(HOST_FACTOR * step_ms, 4)))
+    return steps
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description="Writes the latency profiles of Qwen3-32B.")
     parser.add_argument("--output-dir", type=Path, default=Path("perf/profiles"))
-    output_dir: Path = parser.parse_args().output_dir
+    parser.add_argument("--held-out", type=Path, help="also write steps for tests/test_profiles.py")
+    arguments = parser.parse_args()
+    output_dir: Path = arguments.output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     for deployment in DEPLOYMENTS:
         profile = make_profile(deployment)
         path = output_dir / f"{deployment.name}.json"
         profile.save(path)
         print(f"{path}: {len(profile.decode)} decode and {len(profile.prefill)} prefill steps")
+    if arguments.held_out:
+        steps = {deployment.name: held_out_steps(deployment) for deployment in DEPLOYMENTS}
+        arguments.held_out.write_text(json.dumps(steps) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """What no control of branch width can exceed: the fluid bound of the request rate.
 
 In steady state at lambda requests per second, steps of every kind k (a width n_k, m_k prefill
-tokens, t_k seconds) happen y_k times per second. Let a request decode N tokens, prefill M tokens
-and be at least C steps long (its critical path), each on average. Whatever decides the widths,
+tokens, t_k seconds) happen y_k times per second. Let a request decode N tokens, but for those that
+its prefill draws, prefill M tokens and be at least C steps long (its critical path), each on
+average. Whatever decides the widths,
 
   time      sum y_k t_k <= 1
   decode    sum y_k n_k >= lambda N
@@ -26,7 +27,8 @@ which one kind, or two that share the time, attain. Each price bounds lambda; th
 the bound (linear programming duality; prices come from a grid, which can only make it larger).
 
 The bound is approximate: contexts are equal to their mean, every request sees the mean step, and
-those that miss are served too. Queueing, and with it the TTFT, is absent.
+those that miss are served too. Queueing, and with it the TTFT, is absent. Where the engine reads a
+shared prefix once, branches are taken to run abreast.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ class Demand:
     """Means over requests.
 
     Attributes:
-        output_tokens: N, decoded tokens.
+        output_tokens: Decoded tokens.
+        decode_tokens: N, those of them that need a place in a decode batch.
         context_tokens: Context of a decoded token.
         prefill_tokens: M, prefill tokens that cost time here.
         prefill_context: Context of such a token.
@@ -66,6 +69,7 @@ class Demand:
     """
 
     output_tokens: float
+    decode_tokens: float
     context_tokens: float
     prefill_tokens: float
     prefill_context: float
@@ -98,9 +102,12 @@ def demand_of_load(deployment: Deployment, load: LoadConfig) -> Demand:
 def demand_of(requests: Iterable[ForkJoinRequest], deployment: Deployment) -> Demand:
     """Means over requests of what they ask of a deployment."""
     engine = deployment.engine
+    shared_weight = 1.0
+    if engine.prefix_sharing_attention:
+        shared_weight = deployment.truth.shared_context_weight
     rows, paces = [], []
     for request in requests:
-        cost = program_cost(request, engine.tokens_per_block)
+        cost = program_cost(request, engine.tokens_per_block, shared_weight)
         prompt = len(request.input_ids)
         tokens = context = 0
         if not engine.disaggregated_prefill:
@@ -109,14 +116,15 @@ def demand_of(requests: Iterable[ForkJoinRequest], deployment: Deployment) -> De
             tokens += cost.num_prefill_tokens - prompt
             context += cost.prefill_token_context - prompt * (prompt - 1) // 2
         fraction = deployment.scheduler.kv_reserve_fraction
-        rows.append((cost.num_output_tokens, cost.decode_context_tokens, tokens, context,
+        rows.append((cost.num_output_tokens, cost.num_output_tokens - cost.num_drawn_by_prefill,
+                     cost.decode_context_tokens, tokens, context,
                      cost.critical_tokens, held_token_steps(request),
                      reserved_token_steps(request, engine.tokens_per_block, fraction)))  # fmt: skip
         paces.append(longest_step(request.program))
     means = np.mean(rows, axis=0)
-    output, decode_context, prefill, prefill_context, critical, held, reserved = means
+    output, decoded, decode_context, prefill, prefill_context, critical, held, reserved = means
     return Demand(
-        float(output), float(decode_context / output), float(prefill),
+        float(output), float(decoded), float(decode_context / output), float(prefill),
         float(prefill_context / max(prefill, 1e-9)), float(critical), float(max(held, reserved)),
         float(np.quantile(paces, _MISSES, method="lower")),
     )  # fmt: skip
@@ -174,24 +182,23 @@ Kinds = tuple[FloatArray, FloatArray, FloatArray]
 def step_kinds(deployment: Deployment, demand: Demand) -> Kinds:
     """Widths n, prefill tokens m and seconds t of the steps that can happen.
 
-    Step times are linear between measured widths and chunks, so the ends of every such piece do.
+    Step times are linear between measured widths and numbers of rows, so the ends of every such
+    piece do. (Between two widths and two numbers of rows they are bilinear.)
     """
     profile, scheduler = deployment.truth, deployment.scheduler
-    most = scheduler.max_batch_size
+    most, budget = scheduler.max_batch_size, scheduler.max_prefill_tokens
     ends = {p.width for p in profile.decode} | {p.width for p in profile.prefill} | {most}
     for bucket in profile.width_buckets or ():
         ends |= {bucket, bucket + 1}
-    chunks = {p.num_tokens for p in profile.prefill} | {scheduler.max_prefill_tokens}
-    chunks = (
-        {c for c in chunks if c <= scheduler.max_prefill_tokens} if demand.prefill_tokens else set()
-    )
+    rows = {p.width + p.num_tokens for p in profile.prefill} if demand.prefill_tokens else set()
     times = StepTimes(profile, deployment.engine.max_batch_size)
     disturbance = deployment.engine.disturbance
     kinds = []
     for width in sorted(w for w in ends if 1 <= w <= most):
         decode_ms = times.decode_ms(width, demand.context_tokens * disturbance.context_scale)
         kinds.append((width, 0, decode_ms))
-        for chunk in sorted(chunks):
+        chunks = {count - width for count in rows if 0 < count - width < budget}
+        for chunk in sorted(chunks | {budget} if rows else ()):
             load = PrefillLoad(1, chunk, chunk * demand.prefill_context)
             kinds.append((width, chunk, decode_ms + times.prefill_ms(width, load)))
     widths, tokens, step_ms = np.array(kinds, dtype=np.float64).T
@@ -219,36 +226,55 @@ def largest_rate(
             num_slots / (rate * demand.critical_steps),
         )
 
-    low, high = 0.0, _served(kinds, demand, np.inf)
+    widths, tokens, times = kinds
+    prices = _PRICES if demand.prefill_tokens else (0.0,)
+    hulls = [_upper_hull(times, widths + price * tokens) for price in prices]
+    asked = [demand.decode_tokens + price * demand.prefill_tokens for price in prices]
+
+    def served(step_s: float) -> float:
+        """Requests per second that steps of mean length `step_s` or shorter can serve."""
+        return min(_best_yield(*h, step_s) / a for h, a in zip(hulls, asked, strict=True))
+
+    low, high = 0.0, served(float(times.max()))
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        if _served(kinds, demand, longest_step_s(middle)) >= middle:
+        if served(longest_step_s(middle)) >= middle:
             low = middle
         else:
             high = middle
     return high
 
 
-def _served(kinds: Kinds, demand: Demand, step_s: float) -> float:
-    """Requests per second that steps of mean length `step_s` or shorter can serve."""
-    widths, tokens, times = kinds
-    prices = _PRICES if demand.prefill_tokens else (0.0,)
-    return min(
-        _best_yield(times, widths + price * tokens, step_s)
-        / (demand.output_tokens + price * demand.prefill_tokens)
-        for price in prices
-    )
+def _upper_hull(times: FloatArray, gains: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Times and gains of the kinds that mixtures of the most gain consist of, by time."""
+    hull: list[tuple[float, float]] = []
+    for time, gain in sorted(zip(times.tolist(), gains.tolist(), strict=True)):
+        while hull and hull[-1][0] == time:
+            hull.pop()
+        while len(hull) > 1 and _is_below(hull[-1], hull[-2], (time, gain)):
+            hull.pop()
+        hull.append((time, gain))
+    columns = np.array(hull)
+    return columns[:, 0], columns[:, 1]
+
+
+def _is_below(
+    point: tuple[float, float], left: tuple[float, float], right: tuple[float, float]
+) -> bool:
+    """It does not rise above the line from left to right."""
+    (x, y), (x0, y0), (x1, y1) = point, left, right
+    return (y - y0) * (x1 - x0) <= (y1 - y0) * (x - x0)
 
 
 def _best_yield(times: FloatArray, gains: FloatArray, step_s: float) -> float:
-    """The most gain per second of a mixture of kinds whose mean time is at most `step_s`."""
-    is_short = times <= step_s
-    if not is_short.any():
+    """The most gain per second of a mixture of kinds of a hull whose mean time is `step_s` at most.
+
+    Along the hull gain per second is highest at a kind, or at the end.
+    """
+    if times[0] > step_s:
         return 0.0
+    is_short = times <= step_s
     best = float((gains[is_short] / times[is_short]).max())
     if is_short.all():
         return best
-    short, long = times[is_short][:, None], times[~is_short][None, :]
-    share = (step_s - short) / (long - short)
-    mixed = (1 - share) * gains[is_short][:, None] + share * gains[~is_short][None, :]
-    return max(best, float(mixed.max()) / step_s)
+    return max(best, float(np.interp(step_s, times, gains)) / step_s)

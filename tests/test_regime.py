@@ -51,6 +51,7 @@ def linear_profile(a=3.0, per_sequence=0.25, per_context=4e-4, per_token=0.2) ->
 def cost(output=100, prefill=200, context=400, blocks=21) -> ProgramCost:
     return ProgramCost(
         num_output_tokens=output, critical_tokens=output, footprint_blocks=blocks,
+        num_drawn_by_prefill=1,
         decode_context_tokens=output * context, num_prefill_tokens=prefill,
         num_prefill_chunks=1, prefill_token_context=prefill * 100,
     )  # fmt: skip

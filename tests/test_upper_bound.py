@@ -24,7 +24,7 @@ PLENTY = 1e12
 
 
 def demand(output=100.0, prefill=0.0, critical=100.0, held=1.0, pace=1.0) -> Demand:
-    return Demand(output, 500.0, prefill, 300.0, critical, held, pace)
+    return Demand(output, output, 500.0, prefill, 300.0, critical, held, pace)
 
 
 def kinds(*rows):
@@ -43,7 +43,7 @@ def brute_force(rows, asked: Demand, tau_s, num_kv_tokens, num_slots, resolution
         if step_s > asked.pace * tau_s + 1e-12:
             continue
         rates = [
-            share @ widths / (asked.output_tokens * step_s),
+            share @ widths / (asked.decode_tokens * step_s),
             num_kv_tokens / (asked.kv_token_steps * step_s),
             num_slots / (asked.critical_steps * step_s),
         ]
@@ -149,11 +149,47 @@ def test_prefill_counts_where_it_costs_time():
     assert asked(disaggregated_prefill=True, free_joins=True) == 0
 
 
+def test_tokens_that_prefill_draws_need_no_decode_step():
+    """The first behind a prompt, a header and a join; not behind a serial stage or a bare fork."""
+    serial, branch = {"type": "serial", "max_tokens": 5}, {"max_tokens": 4, "header_ids": [1]}
+    deployment = study().deployment
+
+    def drawn(*stages) -> float:
+        asked = demand_of([program(stages)], deployment)
+        return asked.output_tokens - asked.decode_tokens
+
+    forks = {"type": "parallel", "branches": [branch, branch]}
+    assert drawn(serial) == 1
+    assert drawn(serial, serial) == 1
+    assert drawn(serial, forks) == 1 + 2
+    assert drawn(serial, forks, serial) == 1 + 2 + 1
+    assert drawn(forks) == 2
+    headless = {"type": "parallel", "branches": [{"max_tokens": 4}]}
+    assert drawn(serial, headless, serial) == 1
+
+
+def test_a_shared_prefix_that_is_read_once_is_counted_once():
+    branch = {"max_tokens": 1, "header_ids": [1]}
+    forks = program([{"type": "parallel", "branches": [branch] * 4}])
+    deployment = study().deployment
+    shares = replace(deployment.engine, prefix_sharing_attention=True)
+    assert demand_of([forks], deployment).context_tokens == 10 + 1
+    once = demand_of([forks], replace(deployment, engine=shares))
+    assert once.context_tokens == pytest.approx(10 / 4 + 1)
+
+
 def test_kinds_take_what_the_engine_takes():
-    """10 ms, half a millisecond per further sequence, and 10 ms with any prefill."""
+    """10 ms, half a millisecond per further sequence, and 10 ms with any prefill.
+
+    Chunks fill up to the rows that were measured, 16 and 1024, or the budget.
+    """
     asked = demand(prefill=50.0)
     widths, tokens, times = step_kinds(study(extra_ms=0.5).deployment, asked)
-    assert set(widths) == {1, 2, 64} and set(tokens) == {0, 16, 1024}
+    assert set(zip(widths, tokens, strict=True)) == {
+        *((1, 0), (1, 15), (1, 1023), (1, 1024)),
+        *((2, 0), (2, 14), (2, 1022), (2, 1024)),
+        *((64, 0), (64, 960), (64, 1024)),
+    }
     expected_ms = 10 + 0.5 * (widths - 1) + 10 * (tokens > 0)
     assert times == pytest.approx(expected_ms / 1e3, rel=1e-3)
 
