@@ -139,7 +139,8 @@ class TaperExecutor:
         self._waiting = WaitingQueue(scheduler.late_requests)
         self._start_gate = StartGate(
             scheduler.request_admission, self._predictor, scheduler.margin, slo.tpot_ms,
-            None if engine.capabilities.disaggregated_prefill else scheduler.max_prefill_tokens,
+            None if "prompt" in engine.capabilities.disaggregated_prefill
+            else scheduler.max_prefill_tokens,
         )  # fmt: skip
         self._running: list[LiveRequest] = []  # oldest first
         self._families = itertools.count()

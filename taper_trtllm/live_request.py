@@ -40,8 +40,7 @@ class PrefillNeed:
         sequence: Whose.
         num_tokens: Pending.
         sample: The last of them yields a token.
-        is_prompt: They are what the root was registered with: the prompt, after a suspension with
-            the text so far.
+        is_prompt: They are the prompt, before the request has any text of its own.
     """
 
     sequence: LiveSequence
@@ -99,7 +98,6 @@ class LiveRequest:
         self._written = written
         self._sampling = _stopping_at_tags(request.sampling, written)
         self._merges = request.join_mode == "kv_merge"
-        self._num_prompt_tokens = 0
         self._sequences: dict[BranchNode, LiveSequence] = {}
         self._unforked: list[BranchNode] = []  # waiting branches whose children were dropped
         self._events: list[BranchOutput] = []  # what happened since the last tokens
@@ -129,7 +127,6 @@ class LiveRequest:
         """Registers the root; after a suspension with all the text it has."""
         root = self.state.root
         tokens = (*self.request.input_ids, *root.tokens)
-        self._num_prompt_tokens = len(tokens)
         self._sequences[root] = sequences.add(root, self.family, tokens, self._params(root))
         if root.status is BranchStatus.WAITING:
             self._unforked.append(root)
@@ -232,7 +229,7 @@ class LiveRequest:
             missing, least, sample = node.num_fork_tokens - num_computed, 1, False
         if missing >= least:
             is_root = node is self.state.root
-            is_prompt = is_root and num_computed + missing <= self._num_prompt_tokens
+            is_prompt = is_root and num_computed + missing <= len(self.request.input_ids)
             yield PrefillNeed(sequence, missing, sample, is_prompt)
 
     # -------------------------------------------------------------------------- giving back

@@ -23,7 +23,7 @@ from taper_trtllm.batch import (
     Refusals,
 )
 from taper_trtllm.config import SchedulerConfig
-from taper_trtllm.engines.base import Engine, PrefillChunk, StepPlan
+from taper_trtllm.engines.base import Engine, PrefillChunk, PrefillKind, StepPlan
 from taper_trtllm.kv_budget import KvBudget
 from taper_trtllm.lease_terms import LeaseTerms
 from taper_trtllm.live_request import LiveRequest, PrefillNeed
@@ -315,14 +315,14 @@ class StepPlanner:
     ) -> tuple[list[PrefillChunk], PrefillLoad]:
         """Chunks in the order: requests that have begun to answer, then prompts, oldest first.
 
-        The budget counts tokens without context; those behind a long one count for more. Prompts
-        that are computed elsewhere come whole and before all: they cost this step nothing. On lease
-        engines all come whole, and those that are under way count.
+        The budget counts tokens without context; those behind a long one count for more. What is
+        computed elsewhere comes whole and before all: it costs this step nothing. On lease engines
+        all come whole, and those that are under way count.
         """
         budget_left = float(self._scheduler.max_prefill_tokens)
         room = self._scheduler.max_batch_size - len(ready.requests)
         local, remote = self._prefill_places(running)
-        chunks = [_whole(running[index].prefill_needs[0]) for index in remote[:room]]
+        chunks = self._remote_chunks(running, remote, budget, room)
         load = PrefillLoad()
         gate = self._prefill_gate([running[index] for index in local], ready, now_s)
         for index in _prefill_order(running, local):
@@ -358,8 +358,22 @@ class StepPlanner:
                 load = load.with_chunk(num_tokens, before)
         return chunks, load
 
+    def _remote_chunks(
+        self, running: Sequence[LiveRequest], remote: Sequence[int], budget: KvBudget, room: int
+    ) -> list[PrefillChunk]:
+        chunks: list[PrefillChunk] = []
+        for index in remote:
+            request = running[index]
+            for need in request.prefill_needs:
+                if len(chunks) == room:
+                    return chunks
+                is_protected = need.sequence is request.protected
+                if is_protected or self._take_for_extra(index, need, need.num_tokens, budget):
+                    chunks.append(replace(_whole(need), is_remote=True))
+        return chunks
+
     def _prefill_places(self, running: Sequence[LiveRequest]) -> tuple[list[int], list[int]]:
-        """Indices of the requests whose prefill is due here, and of those whose prompt is not."""
+        """Indices of the requests whose prefill is due here, and of those where it is not."""
         local: list[int] = []
         remote: list[int] = []
         for index, request in enumerate(running):
@@ -370,7 +384,8 @@ class StepPlanner:
 
     def _is_remote(self, need: PrefillNeed) -> bool:
         """Its tokens are computed on another device."""
-        return need.is_prompt and self._engine.capabilities.disaggregated_prefill
+        kind: PrefillKind = "prompt" if need.is_prompt else "join"
+        return kind in self._engine.capabilities.disaggregated_prefill
 
     def _prefill_gate(
         self, needy: Sequence[LiveRequest], ready: _Ready, now_s: float

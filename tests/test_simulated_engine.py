@@ -56,27 +56,28 @@ def test_a_disturbance_does_what_it_says():
     assert step_ms(noise=0.1) != plain
 
 
-@pytest.mark.parametrize("disaggregated", [False, True])
-@pytest.mark.parametrize("free_joins", [False, True])
-def test_prompts_and_joins_cost_time_where_they_are_computed(disaggregated, free_joins):
-    config = SimulatedConfig(
-        num_kv_blocks=100, disaggregated_prefill=disaggregated, free_joins=free_joins
-    )
-    engine = SimulatedEngine(PROFILE, config)
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_chunks_cost_time_where_they_are_computed(is_remote):
+    engine = SimulatedEngine(PROFILE, SimulatedConfig(num_kv_blocks=100))
     engine.add_sequence(1, 1, [0] * 256, PARAMS)
-    prompt = engine.step(StepPlan(prefill=(PrefillChunk(1, 256, sample=True),)))
+    prompt = engine.step(
+        StepPlan(prefill=(PrefillChunk(1, 256, sample=True, is_remote=is_remote),))
+    )
     engine.fork_sequence(1, 2, 256, [0] * 200, PARAMS)
     header = engine.step(StepPlan(prefill=(PrefillChunk(2, 201, sample=True),)))
-    assert (prompt.step_ms == 0) == disaggregated
-    assert (header.step_ms == 0) == free_joins
+    assert (prompt.step_ms == 0) == is_remote
+    assert header.step_ms > 0
     assert engine.now_s() == pytest.approx((prompt.step_ms + header.step_ms) / 1e3)
     assert engine.num_tokens(2) == 256 + 1 + 200 + 1
 
 
 @pytest.mark.parametrize("disaggregated", [False, True])
-def test_the_executor_knows_where_prompts_are_computed(disaggregated):
-    """A prompt that is computed elsewhere comes whole, and no step is foreseen to pay for it."""
-    config = SimulatedConfig(num_kv_blocks=2000, disaggregated_prefill=disaggregated)
+@pytest.mark.parametrize("free_joins", [False, True])
+def test_the_executor_knows_what_is_computed_where(disaggregated, free_joins):
+    """What is computed elsewhere comes whole, and no step is foreseen to pay for it, or pays."""
+    config = SimulatedConfig(
+        num_kv_blocks=2000, disaggregated_prefill=disaggregated, free_joins=free_joins
+    )
     executor = TaperExecutor(
         SimulatedEngine(PROFILE, config),
         PROFILE,
@@ -96,9 +97,34 @@ def test_the_executor_knows_where_prompts_are_computed(disaggregated):
     assert records[0].num_prefill_tokens == (2000 if disaggregated else 256)
     foreseen = [r for r in records if r.predicted_step_ms is not None]
     assert any(r.num_prefill_tokens >= 256 for r in foreseen)
-    assert any(r.num_prefill_tokens == 164 for r in foreseen)  # headers cost time in any case
+    headers = [r for r in foreseen if r.num_prefill_tokens == 164]
+    assert headers and all((r.step_ms < 20) == free_joins for r in headers)
     for record in foreseen:
         assert record.predicted_step_ms == pytest.approx(record.step_ms, rel=0.15)
+
+
+def test_what_a_suspended_request_computes_again_costs_time_wherever_its_prompt_was_computed():
+    config = SimulatedConfig(num_kv_blocks=70, disaggregated_prefill=True)
+    executor = TaperExecutor(
+        SimulatedEngine(PROFILE, config),
+        PROFILE,
+        SchedulerConfig(
+            max_prefill_tokens=4096, probe_interval_steps=None, kv_reserve_fraction=0.3,
+            request_admission="slots",
+        ),
+        RequestLimits(max_prompt_tokens=2000, max_total_tokens=4000),
+        SloTarget(ttft_ms=1e6, tpot_ms=1e4),
+    )  # fmt: skip
+    for i in range(2):
+        request = ForkJoinRequest(request_id=f"r{i}", input_ids=(1,) * 1000, max_tokens=500)
+        executor.submit(request)
+    records = []
+    while (record := executor.run_once()) is not None:
+        records.append(record)
+    prompts, again = [r for r in records if r.num_prefill_tokens]
+    assert prompts.num_prefill_tokens == 2000 and prompts.step_ms == 0
+    assert any(r.num_preempted for r in records)
+    assert 1000 < again.num_prefill_tokens <= 1500 and again.step_ms > 50
 
 
 def test_free_extras_cost_nothing_and_are_not_seen():

@@ -34,6 +34,9 @@ class OutOfBlocksError(RuntimeError):
     """A plan needs more KV blocks than are free. Raised before anything was changed."""
 
 
+PrefillKind = Literal["prompt", "join"]
+
+
 @dataclass(frozen=True, slots=True)
 class EngineCapabilities:
     """What an engine is able to do; the executor and the planner read nothing else.
@@ -49,8 +52,10 @@ class EngineCapabilities:
         resident_when_gated: A sequence left out of a plan keeps its KV and recomputes nothing.
         min_recompute_tokens: Tokens computed again when a gated sequence re-enters.
         width_buckets: Padded decode widths, ascending; None if widths are not padded.
-        disaggregated_prefill: Prompts are computed on other devices: their chunks take no time in a
-            step and need not be cut; those of headers and joins do.
+        disaggregated_prefill: What is computed on other devices: its chunks take no time in a step
+            and need not be cut. ``prompt``, or ``join``: all that a request computes after its
+            first token, headers, joins and what it gave up, which no engine does and studies
+            assume.
         prefix_sharing_attention: Attention reads a shared prefix once per family, not per branch.
         kv_merge: Sequences can be assembled from the KV of several (`Engine.assemble_sequence`).
         bitwise_deterministic: Greedy results do not depend on batch membership.
@@ -69,7 +74,7 @@ class EngineCapabilities:
     resident_when_gated: bool
     min_recompute_tokens: int
     width_buckets: tuple[int, ...] | None
-    disaggregated_prefill: bool
+    disaggregated_prefill: frozenset[PrefillKind]
     prefix_sharing_attention: bool
     kv_merge: bool
     bitwise_deterministic: bool
@@ -129,12 +134,14 @@ class PrefillChunk:
         sample: Draw the next token from the last one's logits; only on the chunk that computes the
             last pending token.
         max_new_tokens: Tokens that a lease engine may draw from then on; per-step engines draw one.
+        is_remote: It is computed on another device (`EngineCapabilities.disaggregated_prefill`).
     """
 
     sequence_id: SequenceId
     num_tokens: int
     sample: bool
     max_new_tokens: int = 1
+    is_remote: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from taper_trtllm.engines.base import EngineCapabilities, SequenceId, StepPlan, StepResult
+from taper_trtllm.engines.base import (
+    EngineCapabilities,
+    PrefillKind,
+    SequenceId,
+    StepPlan,
+    StepResult,
+)
 from taper_trtllm.engines.kv_cache import BlockCopy
 from taper_trtllm.engines.paged_sequences import EngineSequence, PagedSequences
 
@@ -24,6 +30,7 @@ class ChunkWork:
         start: Position of the first token to compute.
         num_tokens: Pending tokens to compute.
         sample: Draw the next token.
+        is_remote: See `PrefillChunk`.
     """
 
     sequence_id: SequenceId
@@ -31,6 +38,7 @@ class ChunkWork:
     start: int
     num_tokens: int
     sample: bool
+    is_remote: bool = False
 
     def check(self, max_seq_len: int) -> None:
         """Checks that the sequence can do this.
@@ -63,7 +71,7 @@ def per_step_capabilities(
     bitwise_deterministic: bool,
     virtual_time: bool,
     width_buckets: tuple[int, ...] | None = None,
-    disaggregated_prefill: bool = False,
+    disaggregated_prefill: frozenset[PrefillKind] = frozenset(),
     prefix_sharing_attention: bool = False,
     kv_merge: bool = False,
 ) -> EngineCapabilities:
@@ -177,8 +185,11 @@ class PagedEngine(PagedSequences, ABC):
             sequence = self._sequences[chunk.sequence_id]
             start = sequence.table.num_tokens
             chunks.append(
-                ChunkWork(chunk.sequence_id, sequence, start, chunk.num_tokens, chunk.sample)
-            )
+                ChunkWork(
+                    chunk.sequence_id, sequence, start, chunk.num_tokens, chunk.sample,
+                    chunk.is_remote,
+                )
+            )  # fmt: skip
         return chunks
 
     def _check_plan(

@@ -15,6 +15,7 @@ import numpy as np
 from taper_trtllm.batch import FloatArray, PrefillLoad
 from taper_trtllm.engines.base import (
     IterationAudit,
+    PrefillKind,
     SequenceId,
     SequenceParams,
     StepPlan,
@@ -71,7 +72,7 @@ class SimulatedConfig:
         max_seq_len: Most tokens in a sequence.
         disaggregated_prefill: Prompts are computed elsewhere and cost no time here; headers and
             joins always do.
-        free_joins: Neither do headers and joins (the assumption of earlier studies).
+        free_joins: Headers and joins cost no time (the assumption of earlier studies).
         free_extras: A step takes, and is seen to take, the time of its protected baseline and its
             prefill alone: what branches would come to if they cost nothing.
         prefix_sharing_attention: A step reads what sequences of a request share once (cascade
@@ -90,6 +91,15 @@ class SimulatedConfig:
     prefix_sharing_attention: bool = False
     disturbance: Disturbance = Disturbance()
     seed: int = 0
+
+    @property
+    def computed_elsewhere(self) -> frozenset[PrefillKind]:
+        """See `EngineCapabilities.disaggregated_prefill`."""
+        costs_nothing: dict[PrefillKind, bool] = {
+            "prompt": self.disaggregated_prefill,
+            "join": self.free_joins,
+        }
+        return frozenset(kind for kind, is_so in costs_nothing.items() if is_so)
 
 
 class StepTimes:
@@ -184,7 +194,7 @@ class SimulatedEngine(PagedEngine):
             per_step_capabilities(
                 name="simulated",
                 width_buckets=profile.width_buckets,
-                disaggregated_prefill=config.disaggregated_prefill,
+                disaggregated_prefill=config.computed_elsewhere,
                 prefix_sharing_attention=config.prefix_sharing_attention,
                 bitwise_deterministic=True,
                 virtual_time=True,
@@ -200,7 +210,6 @@ class SimulatedEngine(PagedEngine):
         self._shared_weight = profile.shared_context_weight
         self._device = Device(profile, config.disturbance, config.max_batch_size, config.seed)
         self._clock_s = 0.0
-        self._num_prompt_tokens: dict[SequenceId, int] = {}
         self._lineage: dict[SequenceId, _Lineage] = {}
 
     @property
@@ -225,7 +234,6 @@ class SimulatedEngine(PagedEngine):
     ) -> None:
         """See `Engine`."""
         super().add_sequence(sequence_id, family, token_ids, params)
-        self._num_prompt_tokens[sequence_id] = len(token_ids)
         self._lineage[sequence_id] = ((sequence_id, 0),)
 
     def fork_sequence(
@@ -251,7 +259,6 @@ class SimulatedEngine(PagedEngine):
     def release_sequence(self, sequence_id: SequenceId) -> None:
         """See `Engine`."""
         super().release_sequence(sequence_id)
-        self._num_prompt_tokens.pop(sequence_id, None)
         del self._lineage[sequence_id]
 
     def step(self, plan: StepPlan) -> StepResult:
@@ -296,20 +303,12 @@ class SimulatedEngine(PagedEngine):
             read.append(total)
         return read
 
-    def _load(self, chunks: Sequence[ChunkWork]) -> PrefillLoad:
+    @staticmethod
+    def _load(chunks: Sequence[ChunkWork]) -> PrefillLoad:
         """The chunks that cost time here."""
-        config = self._config
-        counted = [
-            item
-            for item in chunks
-            if not (config.disaggregated_prefill if self._is_prompt(item) else config.free_joins)
-        ]
+        counted = [item for item in chunks if not item.is_remote]
         pairs = sum(item.num_tokens * (item.start + item.num_tokens / 2) for item in counted)
         return PrefillLoad(len(counted), sum(item.num_tokens for item in counted), pairs)
-
-    def _is_prompt(self, item: ChunkWork) -> bool:
-        end = item.start + item.num_tokens
-        return end <= self._num_prompt_tokens.get(item.sequence_id, 0)
 
 
 def _line(points: list[tuple[int, float]]) -> tuple[FloatArray, FloatArray]:

@@ -562,7 +562,7 @@ def _capabilities(
         resident_when_gated=False,  # its blocks can be evicted
         min_recompute_tokens=0,  # the last token has no KV in any case
         width_buckets=None,
-        disaggregated_prefill=False,
+        disaggregated_prefill=frozenset(),
         prefix_sharing_attention=False,
         kv_merge=False,  # its KV is found by token ids alone
         bitwise_deterministic=False,
