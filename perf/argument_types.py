@@ -4,6 +4,30 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+from pathlib import Path
+
+_PLOT_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+def output_path(text: str) -> Path:
+    """A file that can be written, so that nothing is lost after hours; its folder is made."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot write {text}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"cannot write {text}")
+    return path
+
+
+def plot_path(text: str) -> Path:
+    """A picture that can be written."""
+    path = output_path(text)
+    if path.suffix not in _PLOT_SUFFIXES:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(_PLOT_SUFFIXES)} (got {text})")
+    return path
 
 
 def positive(text: str) -> float:

@@ -20,6 +20,7 @@ FloatArray = npt.NDArray[np.float64]
 STEPS_PER_DECADE = 80  # neighbouring rates of the grid differ by 2.9 %
 
 _NUM_RESAMPLES = 2000
+_LEAST_SHARE = 0.1  # of the first rate; a resampled capacity is positive
 
 
 def grid_rate(step: int) -> float:
@@ -52,17 +53,18 @@ def antitonic_fit(values: FloatArray) -> FloatArray:
     return fit
 
 
-def crossing(rates: FloatArray, fit: FloatArray, target: float) -> FloatArray:
+def crossing(rates: FloatArray, fit: FloatArray, target: float, slope: float) -> FloatArray:
     """The highest rate at which an antitonic fit reaches the target.
 
     Args:
         rates: [N] ascending.
         fit: [..., N] non-increasing.
         target: Of the fit.
+        slope: By which a fit falls per unit of the rate below the first and above the last.
 
     Returns:
-        [...], linear between rates; the first or the last rate if the target is missed or reached
-        everywhere.
+        [...], linear between rates; beyond them where the target is missed or reached everywhere,
+        but positive. Cut off at the ends, resamples would say too little about the error.
     """
     reached = (fit >= target).sum(axis=-1)
     low = np.clip(reached - 1, 0, len(rates) - 2)
@@ -71,7 +73,9 @@ def crossing(rates: FloatArray, fit: FloatArray, target: float) -> FloatArray:
     share = np.clip((above - target) / np.maximum(above - below, 1e-12), 0.0, 1.0)
     share = np.where(reached == len(rates), 1.0, share)
     found: FloatArray = rates[low] + share * (rates[low + 1] - rates[low])
-    return found
+    found += np.where(reached == 0, np.minimum(fit[..., 0] - target, 0.0) / slope, 0.0)
+    found += np.where(reached == len(rates), np.maximum(fit[..., -1] - target, 0.0) / slope, 0.0)
+    return np.maximum(found, _LEAST_SHARE * rates[0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +117,10 @@ def capacity(attainment: Mapping[int, Sequence[float]], num_seeds: int, target: 
     fit = antitonic_fit(table.mean(axis=1))
     if fit[0] < target or fit[-1] >= target:
         return nothing
+    slope = float((fit[0] - fit[-1]) / (rates[-1] - rates[0]))
     draws = np.random.default_rng(0).integers(num_seeds, size=(_NUM_RESAMPLES, num_seeds))
-    resampled = crossing(rates, antitonic_fit(table[:, draws].mean(axis=-1).T), target)
-    return Capacity(float(crossing(rates, fit, target)), resampled, num_seeds)
+    resampled = crossing(rates, antitonic_fit(table[:, draws].mean(axis=-1).T), target, slope)
+    return Capacity(float(crossing(rates, fit, target, slope)), resampled, num_seeds)
 
 
 def ratio(one: Capacity, other: Capacity) -> tuple[float, float | None] | None:

@@ -18,7 +18,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -155,8 +156,10 @@ def _check(arguments: argparse.Namespace) -> None:
             raise EvaluationError(f"--levers: {name!r} is not one of {', '.join(LEVERS)}")
     check_policies(arguments.policies or ())
     readme = arguments.readme
-    if readme and not all(marker in readme.read_text() for marker in MARKERS):
-        raise EvaluationError(f"--readme: {readme} lacks the lines {MARKERS[0]} and {MARKERS[1]}")
+    if readme and MARKERS[1] not in readme.read_text().partition(MARKERS[0])[2]:
+        raise EvaluationError(
+            f"--readme: {readme} lacks the lines {MARKERS[0]} and, below it, {MARKERS[1]}"
+        )
 
 
 def scale_of(arguments: argparse.Namespace) -> Scale:
@@ -202,7 +205,7 @@ def report(
     tables = all_tables(found, bounds, scale)
     for table in tables:
         console.print(table.rich())
-    gaps = _missing_text(missing)
+    gaps = f"{_missing_text(missing)} {_commits_text(measured.values())}"
     console.print(gaps, soft_wrap=True, highlight=False)
     path = arguments.output_dir / f"tables-{scale.num_seeds}-seeds.md"
     _write(path, arguments.readme, tables, gaps)
@@ -216,6 +219,14 @@ def _missing_text(missing: Sequence[Task]) -> str:
         return "Everything that was asked for is measured."
     names = ", ".join(f"{task.cell} {task.levers} {task.policy}" for task in missing)
     return f"Not or not wholly measured ({len(missing)}): {names}."
+
+
+def _commits_text(measured: Iterable[TaskRuns]) -> str:
+    """Whose code the runs are of: figures of different code are compared with care."""
+    found = (run.get("git_sha") for task in measured for run in task.runs.values())
+    commits = Counter(str(commit)[:7] for commit in found)
+    runs = ", ".join(f"{num} runs with {commit}" for commit, num in commits.most_common())
+    return f"Commits: {runs}." if runs else ""
 
 
 def _write(path: Path, readme: Path | None, tables: Sequence[TextTable], gaps: str) -> None:

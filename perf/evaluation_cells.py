@@ -107,7 +107,7 @@ _P = replace(
     source=replace(_STUDY, num_branches=(8, 16)), warmup_s=100, quick_duration_s=80, drain_s=200,
 )  # fmt: skip
 _PUBLIC = replace(_A, title="public branch trace, Poisson arrivals", source=DEFAULT_TRACE,
-                  warmup_s=30, quick_duration_s=60, drain_s=120)  # fmt: skip
+                  warmup_s=60, quick_duration_s=60, drain_s=120)  # fmt: skip
 
 CELLS: dict[str, NamedCell] = {  # the most important first
     "A": _A,
@@ -130,7 +130,7 @@ CELLS: dict[str, NamedCell] = {  # the most important first
         max_prefill_tokens=512, quick_duration_s=120,
     ),
     "G": replace(_E, title="E with end-to-end at most 1.5 x critical path x tau", stretch=1.5),
-    "lists": replace(_A, title="list-like: wide and short", source=MIXES["list"], warmup_s=30),
+    "lists": replace(_A, title="list-like: wide and short", source=MIXES["list"]),
     "reasoning": replace(
         _A, title="reasoning-like: narrow, long, nested", source=MIXES["reasoning"], warmup_s=120,
         quick_duration_s=120, drain_s=250,
@@ -139,7 +139,7 @@ CELLS: dict[str, NamedCell] = {  # the most important first
         _A, title="tree-search-like: rounds of short calls", source=MIXES["tree-search"],
         warmup_s=120, quick_duration_s=180, drain_s=600,
     ),
-    "plain": replace(_A, title="plain requests only", source=MIXES["plain"], warmup_s=30),
+    "plain": replace(_A, title="plain requests only", source=MIXES["plain"]),
     "public-bursty": replace(
         _PUBLIC, title="public trace, bursty (CV 4)", arrivals="gamma", cv=4.0
     ),

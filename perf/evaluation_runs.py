@@ -113,7 +113,8 @@ class TaskRuns:
     def wanted(self, scale: Scale) -> list[tuple[int, int]]:
         """Grid steps and seeds to measure next; empty when the task is done."""
         attainment, goodput = self.attainment(), self.token_goodput()
-        measured = {s: list(zip(attainment[s], goodput[s], strict=True)) for s in attainment}
+        seeds = slice(scale.num_seeds)  # a file of more seeds is read as the summary reads it
+        measured = {s: list(zip(attainment[s], goodput[s], strict=True))[seeds] for s in attainment}
         start = grid_step(START_SHARE * bound_of(self.task.cell))
         wanted = wanted_seeds(measured, scale.grid, start, scale.num_seeds, scale.target)
         return [
@@ -147,8 +148,8 @@ def load_task(task: Task, directory: Path, scale: Scale) -> TaskRuns | None:
     path = directory / task.path
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
-    if found["settings"] != _settings(task, scale):
+    found = _read(path)
+    if found.get("settings") != _settings(task, scale):
         raise EvaluationError(
             f"{path} was measured with other settings; remove it, or choose another --output-dir"
         )
@@ -159,11 +160,24 @@ def load_all(directory: Path, scale: Scale) -> dict[Task, TaskRuns]:
     """All that the directory holds with these settings, in order of name."""
     measured = {}
     for path in sorted(directory.glob("*/*/*.json")):
-        found = json.loads(path.read_text())
+        found = _read(path)
         task = _task_of(found)
         if task is not None and found["settings"] == _settings(task, scale):
             measured[task] = _runs_of(task, found)
     return measured
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file of JSON.
+
+    Raises:
+        EvaluationError: It is something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise EvaluationError(f"{path} is not JSON ({error}); remove it") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _task_of(found: Mapping[str, Any]) -> Task | None:
@@ -172,7 +186,7 @@ def _task_of(found: Mapping[str, Any]) -> Task | None:
         settings = found["settings"]
         task = Task(settings["cell"], settings["levers"], settings["scheduler"]["policy"])
         cell_named(task.cell)
-    except KeyError:
+    except (KeyError, TypeError):
         return None
     return task if task.levers in LEVERS else None
 
@@ -196,7 +210,6 @@ def save_task(measured: TaskRuns, directory: Path, scale: Scale) -> None:
     content = {
         "schema_version": SCHEMA_VERSION,
         "settings": _settings(measured.task, scale),
-        "git_sha": git_sha(),
         "upper_bound_rps": bound_of(measured.task.cell),
         "runs": runs,
     }
@@ -258,6 +271,7 @@ class TaskRunner:
         self._directory = directory
         self._scale = scale
         self._deadline_s = deadline_s
+        self._git_sha = git_sha()
         self._progress = progress
         self._bar = progress.add_task("", total=0)
         self._active: dict[Task, TaskRuns] = {}
@@ -318,7 +332,7 @@ class TaskRunner:
     def _take(self, future: Future[Result]) -> None:
         task, step, seed = self._futures.pop(future)
         measured = self._active[task]
-        measured.runs[step, seed] = future.result()
+        measured.runs[step, seed] = {**future.result(), "git_sha": self._git_sha}
         save_task(measured, self._directory, self._scale)
         self.num_runs += 1
         text = f"{task.cell} {task.levers} {task.policy} {grid_rate(step):.3g} req/s"

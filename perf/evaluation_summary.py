@@ -31,12 +31,14 @@ class Outcome:
         peak: Highest mean token goodput of the rates measured on all seeds, in tokens per second.
         near: Runs of all seeds at the rate next below capacity.
         near_rate: That rate.
+        below: The lowest rate tried, if even that misses the target.
     """
 
     capacity: Capacity
     peak: Capacity
     near: tuple[Result, ...]
     near_rate: float | None
+    below: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,27 +61,34 @@ class Ratio:
     @property
     def lower_bound(self) -> float | None:
         """One-sided 95 % bound, by Student's t; None on a single seed."""
-        if self.error is None:
-            return None
-        return self.value - _T_95.get(self.num_seeds - 1, _NORMAL_95) * self.error
+        return None if self.error is None else self.value - self._t_95 * self.error
 
     @property
     def verdict(self) -> int:
-        """1 above one by more than its error, -1 below, 0 neither or unknown."""
+        """1 above one, -1 below, by the one-sided 95 % bounds; 0 neither or unknown."""
         if self.error is None:
             return 0
-        return int(self.value > 1 + self.error) - int(self.value < 1 - self.error)
+        reach = self._t_95 * self.error
+        return int(self.value - reach > 1) - int(self.value + reach < 1)
+
+    @property
+    def _t_95(self) -> float:
+        return _T_95.get(self.num_seeds - 1, _NORMAL_95)
 
 
 def outcome_of(measured: TaskRuns, num_seeds: int, target: float) -> Outcome:
     """Reads capacity and peak from a task's runs; neither where they do not suffice."""
     found = capacity(measured.attainment(), num_seeds, target)
-    steps = [s for s, v in measured.attainment().items() if len(v) >= num_seeds]
+    attainment = measured.attainment()
+    steps = [s for s, v in attainment.items() if len(v) >= num_seeds]
+    lowest = min(attainment, default=None)
+    misses = found.rate is None and lowest is not None and np.mean(attainment[lowest]) < target
     below = [s for s in steps if found.rate is not None and grid_rate(s) <= found.rate]
     near = tuple(measured.runs[max(below), seed] for seed in range(num_seeds)) if below else ()
     return Outcome(
         found, peak(measured.token_goodput(), num_seeds), near,
         grid_rate(max(below)) if below else None,
+        grid_rate(lowest) if misses and lowest is not None else None,
     )  # fmt: skip
 
 

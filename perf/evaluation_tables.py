@@ -126,7 +126,8 @@ def _capacities(outcomes: Outcomes, bounds: dict[str, Bounds]) -> TextTable:
     return TextTable(
         "SLO capacity, requests per second",
         ["cell", "fluid bound", "free extras", *policies], rows,
-        "The highest rate at which 95 % of requests meet their objective; equal levers everywhere.",
+        "The highest rate at which 95 % of requests meet their objective; equal levers everywhere. "
+        "After <: the lowest rate that was tried, and missed.",
     )  # fmt: skip
 
 
@@ -151,8 +152,8 @@ def _against_rivals(outcomes: Outcomes, figure: str) -> TextTable:
     rows = [row for row in rows if any(row[1:])]
     return TextTable(
         f"TAPER over each rival, {_FIGURES[figure]}", ["cell", *rivals], rows,
-        "Paired on the same seeds, ± standard error; **loses** where the ratio is below one by "
-        "more than that. Equal levers.",
+        "Paired on the same seeds, ± standard error; **loses** where the one-sided 95 % bound of "
+        "the ratio lies below one. Equal levers.",
     )  # fmt: skip
 
 
@@ -197,8 +198,11 @@ def _score(outcomes: Outcomes) -> TextTable:
                 str(verdicts.count(1)), str(verdicts.count(0)), str(len(lost)),
                 ", ".join(lost) or "-",
             ])  # fmt: skip
-    header = ["TAPER over", "geometric mean", "wins", "within error", "loses", "loses in"]
-    return TextTable("Cells won and lost", header, rows, "Equal levers.")
+    header = ["TAPER over", "geometric mean", "wins", "level", "loses", "loses in"]
+    return TextTable(
+        "Cells won and lost", header, rows,
+        "Won or lost: by the one-sided 95 % bound of the ratio. Equal levers.",
+    )  # fmt: skip
 
 
 def _ablations(outcomes: Outcomes) -> TextTable:
@@ -362,6 +366,8 @@ def _value(outcome: Outcome | None, figure: str, form: str) -> str:
     if outcome is None:
         return ""
     rate = getattr(outcome, figure).rate
+    if rate is None and figure == "capacity" and outcome.below is not None:
+        return f"< {outcome.below:{form}}"
     return "not found" if rate is None else format(rate, form)
 
 

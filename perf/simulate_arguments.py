@@ -11,7 +11,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from perf.argument_types import at_least_0, count, positive, positive_int, positive_share, share
+from perf.argument_types import (
+    at_least_0,
+    count,
+    output_path,
+    plot_path,
+    positive,
+    positive_int,
+    positive_share,
+    share,
+)
 from perf.mixes import MIXES, Mix, Range
 from perf.offered_load import LoadConfig
 from perf.shipped_profiles import PROFILES, named_profile
@@ -189,10 +198,10 @@ def _add_run(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_output(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--json", type=Path, metavar="FILE", help="results")
-    group.add_argument("--plot", type=Path, metavar="PNG", help="curves over the rate")
+    group.add_argument("--json", type=output_path, metavar="FILE", help="results")
+    group.add_argument("--plot", type=plot_path, metavar="PNG", help="curves over the rate")
     group.add_argument(
-        "--chrome-trace", type=Path, metavar="FILE",
+        "--chrome-trace", type=output_path, metavar="FILE",
         help="steps of the first policy and seed at the first rate, or its capacity, for https://ui.perfetto.dev",
     )  # fmt: skip
     group.add_argument(
@@ -293,6 +302,8 @@ def _schedulers(
     for name in arguments.policy:
         policy, *settings = name.split("@")
         own = dict(setting.partition("=")[::2] for setting in settings)
+        if "policy" in own:
+            raise ConfigError(f"--policy {name}: the policy stands before the first @")
         scheduler = _scheduler(name, {**common, **own, "policy": policy})
         make_policy(policy, scheduler, predictor)  # refuses an unknown one
         schedulers[name] = scheduler

@@ -91,7 +91,7 @@ def make_policy(
         return WidthPolicy(spec, int(argument), predictor)
     if name == "step-ceiling" and _is_positive(argument):
         return StepCeilingPolicy(spec, float(argument), predictor)
-    if name == "taper" and (argument == "" or spec in POLICIES):
+    if spec == name == "taper" or (name == "taper" and spec in POLICIES):
         return TaperPolicy(spec, scheduler, predictor)
     raise ConfigError(f"scheduler.policy: {spec!r} is not one of {', '.join(POLICIES)}")
 

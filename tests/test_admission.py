@@ -244,7 +244,15 @@ def test_no_replan_keeps_the_width_of_the_stage():
 
 
 def test_unknown_policies_are_named_with_the_known_ones():
-    for spec in ("tapir", "fixed-cap", "fixed-cap:0", "step-ceiling:x", "taper:magic", "irp-off:2"):
+    for spec in (
+        "tapir",
+        "taper:",
+        "fixed-cap",
+        "fixed-cap:0",
+        "step-ceiling:x",
+        "taper:magic",
+        "irp-off:2",
+    ):
         with pytest.raises(ConfigError, match=r"scheduler.policy.*irp-eager"):
             make_policy(spec, SchedulerConfig(), PREDICTOR)
     assert predictor_mode("taper:uncorrected") == "uncorrected"

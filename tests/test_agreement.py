@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,8 @@ def test_a_shipped_sweep_is_simulated_with_its_own_settings():
     sweep = read_sweep(SWEEP, DEFAULT_TRACE)
     cell = next(c for c in sweep.cells if (c["policy"], c["load"]) == ("irp-off", 0.6))
     figures, slower = (
-        simulate_cell(sweep, SWEEP / "profile.json", cell, overhead_ms)
-        for overhead_ms in (0.0, 3.0)
+        simulate_cell(replace(sweep, profile=profile), SWEEP / "profile.json", cell)
+        for profile in (sweep.profile, sweep.profile.with_host_time(3.0))
     )
     assert 0.5 < figures.mean_step_ms / cell["mean_step_ms"] < 1.2
     assert 0.5 < figures.token_goodput / cell["token_goodput"] < 2.0

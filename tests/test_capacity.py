@@ -13,7 +13,7 @@ from perf.capacity import (
     grid_step,
     ratio,
 )
-from perf.rate_search import FULL, wanted_seeds
+from perf.rate_search import FULL, QUICK, wanted_seeds
 
 values = st.lists(st.floats(0, 1), min_size=1, max_size=12)
 
@@ -40,10 +40,33 @@ def test_rows_are_fitted_apart():
     assert antitonic_fit(table) == pytest.approx(np.array([[1, 0.6, 0.6], [0.3, 0.3, 0]]))
 
 
-def test_the_crossing_is_linear_between_rates_and_ends_at_the_grid():
+def test_the_crossing_is_linear_between_rates_and_goes_on_beyond_them():
     rates = np.array([1.0, 2.0, 4.0])
-    fits = np.array([[1.0, 0.96, 0.94], [1.0, 0.99, 0.95], [0.9, 0.5, 0.1], [1.0, 1.0, 0.9]])
-    assert crossing(rates, fits, 0.95) == pytest.approx([3.0, 4.0, 1.0, 3.0])
+    fits = np.array([[1.0, 0.96, 0.94], [1.0, 0.99, 0.95], [1.0, 1.0, 0.9]])
+    assert crossing(rates, fits, 0.95, 0.1) == pytest.approx([3.0, 4.0, 3.0])
+    beyond = np.array([[0.9, 0.5, 0.1], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
+    assert crossing(rates, beyond, 0.95, 0.1) == pytest.approx([0.5, 4.5, 0.1])
+
+
+def test_the_error_is_that_of_repeated_measurements():
+    """Two equal policies, 6 seeds, rates found by the quick search: the error is not cut short."""
+    rng, ratios, errors = np.random.default_rng(5), [], []
+    for _ in range(150):
+        pair = []
+        for _ in range(2):
+            shift = rng.normal(0, 0.1, 6)
+            measured: dict[int, list[float]] = {}
+            while wanted := wanted_seeds(
+                {s: [(a, 0.0) for a in v] for s, v in measured.items()}, QUICK, 0, 6, 0.95
+            ):
+                for step, n in wanted.items():
+                    met = 0.97 - 1.2 * np.log(grid_rate(step)) + shift[:n]
+                    measured[step] = list(np.clip(met, 0, 1))
+            pair.append(capacity(measured, 6, 0.95))
+        if found := ratio(*pair):
+            ratios.append(found[0])
+            errors.append(found[1])
+    assert 0.85 < np.mean(errors) / np.std(ratios) < 1.25  # cut off at the ends: 0.75
 
 
 def curve(rate, true_capacity):

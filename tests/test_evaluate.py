@@ -114,8 +114,9 @@ def test_the_peak_is_read_from_complete_rates_alone():
     assert peak({0: [1.0]}, 2).rate is None
 
 
-def test_verdicts_need_more_than_the_error():
-    found = Ratio(1.1, 0.2, 3), Ratio(0.9, 0.05, 3), Ratio(1.1, 0.05, 3), Ratio(1.1, None, 1)
+def test_verdicts_are_those_of_the_bounds():
+    """Student's t for three seeds is 2.92."""
+    found = Ratio(1.1, 0.04, 3), Ratio(0.9, 0.03, 3), Ratio(1.1, 0.03, 3), Ratio(1.1, None, 1)
     assert [ratio.verdict for ratio in found] == [0, -1, 1, 0]
 
 
@@ -251,6 +252,40 @@ def test_a_file_of_other_settings_is_refused(tmp_path):
     assert load_all(tmp_path, replace(scale, duration_s=20.0)) == {}
 
 
+def test_a_file_of_more_seeds_is_searched_as_it_is_read():
+    """The first three seeds cross the target elsewhere than all six."""
+    capacities = [1.0, 1.0, 1.0, 1.5, 1.5, 1.5]
+    found = TaskRuns(Task("A", "shipped", "taper"))
+    for num_seeds in (6, 3):
+        while wanted := found.wanted(Scale(num_seeds, QUICK, 10.0)):
+            for step, seed in wanted:
+                met = attainment(grid_rate(step), capacities[seed])
+                found.runs[step, seed] = {"slo_attainment": met, "token_goodput": met}
+    assert outcome_of(found, 3, 0.95).capacity.rate == pytest.approx(1.0, rel=0.02)
+
+
+def test_a_policy_that_misses_at_every_rate_is_below_the_lowest():
+    task = Task("A", "shipped", "taper")
+    runs = {(s, i): figures(0.5) for s in (-3, 0) for i in range(2)}
+    found = outcome_of(TaskRuns(task, runs), 2, 0.95)
+    assert found.capacity.rate is None and found.below == pytest.approx(10 ** (-3 / 80))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"settings"'])
+def test_a_file_that_is_no_result_is_named_or_left_alone(tmp_path, text):
+    path = tmp_path / "A" / "shipped" / "taper.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    scale = Scale(2, QUICK, 10.0)
+    with pytest.raises(EvaluationError, match=r"taper\.json"):
+        load_task(Task("A", "shipped", "taper"), tmp_path, scale)
+    if text == "{":
+        with pytest.raises(EvaluationError, match=r"taper\.json"):
+            load_all(tmp_path, scale)
+    else:
+        assert load_all(tmp_path, scale) == {}
+
+
 def test_files_of_something_else_are_left_alone(tmp_path):
     task, scale = Task("A", "shipped", "taper"), Scale(2, QUICK, 10.0)
     save_task(measured(task, 1.0), tmp_path, scale)
@@ -358,9 +393,12 @@ def test_a_run_without_time_says_what_is_missing(command, tmp_path, capsys):
         (["--levers", "all"], "'all'"),
         (["--policies", "tapir"], "tapir"),
         (["--readme", "/dev/null"], "perf.evaluate: begin"),
+        (["--readme", "swapped.md"], "below it"),
     ],
 )
-def test_errors_name_the_option(command, more, named, capsys):
+def test_errors_name_the_option(command, more, named, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "swapped.md").write_text("\n".join(reversed(MARKERS)))
     assert main([*command, *more]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error:") and named in error

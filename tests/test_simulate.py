@@ -332,6 +332,7 @@ def test_capacity_from_the_command_line(command, tmp_path):
         (["--request-rate", "1", "--policy", "tapir"], "tapir"),
         (["--request-rate", "1", "--margin", "1.5"], "--margin"),
         (["--request-rate", "1", "--policy", "taper@marjin=0.1"], "marjin"),
+        (["--request-rate", "1", "--policy", "taper@policy=irp-off"], "taper@policy"),
         (["--request-rate", "1", "--max-num-requests", "65"], "--max-num-requests"),
         (["--request-rate", "1", "--max-seq-len", "10"], "--max-seq-len"),
         (["--request-rate", "1", "--arrivals", "gamma"], "--cv"),
@@ -342,6 +343,24 @@ def test_errors_name_the_option(command, more, named, capsys):
     assert main([*command, *more]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error:") and named in error
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "why"),
+    [
+        ("--json", "/proc/nowhere/x.json", "cannot write"),
+        ("--json", "/", "cannot write"),
+        ("--plot", "/proc/nowhere/x.png", "cannot write"),
+        ("--plot", "x.jpeg", "must end in .png"),
+        ("--chrome-trace", "/proc/nowhere/x.json", "cannot write"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_runs(
+    command, option, value, why, capsys
+):
+    with pytest.raises(SystemExit):
+        main([*command, "--request-rate", "1", option, value])
+    assert f"argument {option}: {why}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
